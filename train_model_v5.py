@@ -752,6 +752,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     # SQLite's lock is the one in the standard library that works alike on every system.
     lock = sqlite3.connect(folder / ".lock", timeout=0, isolation_level=None)
     try:
+        lock.execute("PRAGMA journal_mode = OFF")
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:
         raise InputError(f"--output {folder}: another run is writing there ({error})") from None

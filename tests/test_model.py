@@ -1,0 +1,145 @@
+"""The network as the design spells it out, its training configuration, and the saved file."""
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+import train_model_v5 as run5
+
+
+@pytest.fixture(scope="module")
+def dataset(small_npz):
+    return run5.load_dataset(small_npz)
+
+
+@pytest.fixture(scope="module")
+def model(dataset):
+    return run5.build_model(run5.fit_scaler(dataset.P))
+
+
+def test_layers_are_those_of_the_design(model):
+    assert sum(int(np.prod(v.shape)) for v in model.trainable_variables) == 5_630_369
+    assert model.count_params() == 5_630_369
+    assert [x.name for x in model.inputs] == ["n", "k", "m", "P_matrix"]
+    of = {
+        kind: [x for x in model.layers if type(x).__name__ == kind] for kind in ("Dense", "Embedding", "Dropout", "Add")
+    }
+    assert [x.units for x in of["Dense"]] == [256, 512, 1024, 1024, 1024, 1024, 1024, 512, 256, 128, 1]
+    assert [keras.activations.serialize(x.activation) for x in of["Dense"]] == ["gelu"] * 10 + ["linear"]
+    assert [(x.input_dim, x.output_dim) for x in of["Embedding"]] == [(7, 32), (6, 32)]
+    assert [x.rate for x in of["Dropout"]] == [0.3, 0.2, 0.3, 0.2, 0.2, 0.2, 0.1, 0.1]
+    assert len(of["Add"]) == 2
+    assert sum(isinstance(x, keras.layers.LayerNormalization) for x in model.layers) == 10
+    assert not any(isinstance(x, keras.layers.Lambda) for x in model.layers)
+
+
+def test_height_is_two_to_the_softplus(model, dataset):
+    rows = np.arange(50)
+    heights = model.predict(dataset.inputs(rows), verbose=0)
+    log2 = run5.log2_view(model).predict(dataset.inputs(rows), verbose=0)
+    assert heights.shape == (50, 1)
+    assert (log2 >= 0).all() and (heights >= 1).all()
+    np.testing.assert_allclose(np.log2(heights), log2, atol=1e-4)
+
+
+def test_scaler_centres_what_it_was_fitted_on_and_leaves_constant_columns_finite():
+    P = np.random.default_rng(0).normal(3, 50, (500, 20))
+    P[:, 19] = 0
+    scaled = np.asarray(run5.fit_scaler(P)(P))
+    np.testing.assert_allclose(scaled.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(scaled.std(axis=0)[:19], 1, atol=1e-4)
+
+
+def test_saved_file_needs_nothing_but_the_import(model, dataset, tmp_path):
+    model.save(tmp_path / "model.h5")
+    rows = np.arange(30)
+    inputs = dataset.inputs(rows)
+    flat = {name: x if name == "P_matrix" else x[:, 0] for name, x in inputs.items()}
+    expected = model.predict(inputs, verbose=0)
+    for given in (inputs, flat):
+        again = keras.models.load_model(tmp_path / "model.h5")
+        np.testing.assert_array_equal(again.predict(given, verbose=0), expected)
+
+
+def test_rate_falls_from_the_eleventh_epoch_on():
+    rate, rates = 1e-3, []
+    for epoch in range(13):
+        rate = run5.lr_schedule(epoch, rate)
+        rates.append(rate)
+    np.testing.assert_allclose(rates, [1e-3] * 10 + [0.95e-3, 0.95**2 * 1e-3, 0.95**3 * 1e-3])
+
+
+def test_defaults_are_the_design():
+    settings, fresh = run5.parse_arguments([])
+    weights = [settings.group_weights[group] for group in run5.GROUPS]
+    assert weights == [1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.5, 1.2, 1.5]
+    assert (settings.epochs, settings.batch_size, settings.seed, settings.val_fraction) == (250, 256, 42, 0.15)
+    assert (settings.learning_rate, settings.weight_decay, settings.clipnorm) == (1e-3, 1e-4, 1.0)
+    assert (settings.plateau_factor, settings.plateau_patience, settings.stop_patience) == (0.7, 15, 40)
+    assert (settings.constant_epochs, settings.decay) == (10, 0.95)
+    assert not fresh
+
+
+def test_an_epoch_has_every_training_row_once_with_its_weight(dataset):
+    settings = run5.Settings(batch_size=50)
+    rows = np.arange(0, len(dataset), 2)
+    stream = run5.batches(dataset, rows, settings)
+    first = [next(stream) for _ in range(4)]
+    assert [len(target) for _, target, _ in first] == [50, 50, 50, 30]
+    P = np.concatenate([inputs["P_matrix"] for inputs, _, _ in first])
+    np.testing.assert_array_equal(np.unique(P, axis=0), np.unique(dataset.P[rows], axis=0))
+    for inputs, target, weight in first:
+        expected = [settings.group_weights[group] for group in zip(inputs["k"][:, 0], inputs["m"][:, 0], strict=True)]
+        np.testing.assert_array_equal(weight, np.array(expected, dtype=np.float32))
+        assert (inputs["n"] == 9).all() and target.shape == weight[:, None].shape
+    second, resumed = next(stream), next(run5.batches(dataset, rows, settings, first_epoch=1))
+    np.testing.assert_array_equal(second[0]["P_matrix"], resumed[0]["P_matrix"])
+    assert (second[0]["P_matrix"] != first[0][0]["P_matrix"]).any()
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """The network at a 32nd of its width, where only what is around it is tested."""
+    full = run5.dense_block
+    monkeypatch.setattr(run5, "dense_block", lambda x, units, dropout=0.0: full(x, max(4, units // 32), dropout))
+
+
+def trained(dataset, tmp_path, **changes):
+    settings = run5.Settings(output=tmp_path, **changes)
+    train_rows, val_rows = run5.split_dataset(dataset)
+    model = run5.build_model(run5.fit_scaler(dataset.P[train_rows]))
+    return run5.train(model, dataset, train_rows, val_rows, settings, tmp_path)
+
+
+def test_plateau_cuts_stay_and_the_run_stops_early(dataset, tmp_path, small_network):
+    # At a rate of 1e-12 val_loss stands still: cut after 2 epochs, decay from the second on, stop after 5.
+    journal = trained(
+        dataset,
+        tmp_path,
+        learning_rate=1e-12,
+        constant_epochs=1,
+        decay=0.5,
+        plateau_patience=2,
+        plateau_factor=0.1,
+        stop_patience=5,
+        epochs=20,
+    )
+    rates = [row["learning_rate"] for row in journal.history]
+    assert journal.finished and journal.best_epoch == 1 and len(rates) == 6
+    np.testing.assert_allclose(np.array(rates) / 1e-12, [1, 0.5, 0.25, 0.0125, 0.00625, 0.0003125], rtol=1e-5)
+
+
+def test_optimizer_is_the_designs(dataset, tmp_path, small_network):
+    journal = trained(dataset, tmp_path, epochs=1)
+    optimizer = journal.model.optimizer
+    assert isinstance(optimizer, keras.optimizers.AdamW)
+    assert float(optimizer.learning_rate) == pytest.approx(1e-3)
+    assert (optimizer.weight_decay, optimizer.clipnorm) == (1e-4, 1.0)
+    with h5py.File(tmp_path / "best_model.h5") as file:
+        assert "optimizer_weights" not in file and "training_config" not in file.attrs
+
+
+def test_a_loss_that_is_no_number_ends_the_run(dataset, tmp_path, small_network):
+    journal = trained(dataset, tmp_path, epochs=3, learning_rate=float("inf"))
+    assert journal.diverged and not journal.finished and not journal.history

@@ -1,0 +1,207 @@
+"""The whole script as a user runs it, on a small dataset of all nine groups."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+from PIL import Image
+
+import train_model_v5 as run5
+
+RESULTS = [
+    "best_model_run5.h5",
+    "detailed_comparison.txt",
+    "metrics.json",
+    "predictions_scatter.png",
+    "training_history.png",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_npz):
+    """(process, folder) of a run of two epochs."""
+    output = tmp_path_factory.mktemp("run") / "results"
+    process = run_script("--data", small_npz, "--output", output, "--epochs", "2", cwd=output.parent)
+    assert process.returncode == 0, process.stderr
+    return process, output
+
+
+@pytest.fixture(scope="module")
+def metrics(finished):
+    return json.loads((finished[1] / "metrics.json").read_text())
+
+
+def test_the_output_folder_holds_the_results_and_nothing_else(finished):
+    assert sorted(path.name for path in finished[1].iterdir()) == RESULTS
+
+
+def test_metrics_are_those_of_the_saved_model(finished, metrics, small_npz):
+    # A process of its own, with the five lines of the README: import, load, predict.
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import keras, numpy as np, train_model_v5 as run5
+dataset = run5.load_dataset({str(small_npz)!r})
+_, rows = run5.split_dataset(dataset)
+model = keras.models.load_model({str(finished[1] / "best_model_run5.h5")!r})
+inputs = {{"n": np.full(len(rows), 9), "k": dataset.k[rows], "m": dataset.m[rows], "P_matrix": dataset.P[rows]}}
+error = np.log2(model.predict(inputs, verbose=0)[:, 0]) - np.log2(dataset.height[rows])
+for group in run5.GROUPS:
+    inside = (dataset.k[rows] == group[0]) & (dataset.m[rows] == group[1])
+    print(*group, inside.sum(), np.mean(error[inside] ** 2))
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for line, row in zip(process.stdout.splitlines(), metrics["groups"], strict=True):
+        k, m, n, error = line.split()
+        assert (row["k"], row["m"], row["n"]) == (int(k), int(m), int(n)) and row["n"] == 6
+        assert row["run5"] == pytest.approx(float(error), rel=1e-4)
+    assert metrics["best_val_loss"] == pytest.approx(np.mean([row["run5"] for row in metrics["groups"]]), rel=1e-4)
+
+
+def test_scale_is_fitted_on_training_rows_alone(finished, small_npz):
+    import keras
+
+    dataset = run5.load_dataset(small_npz)
+    train_rows, _ = run5.split_dataset(dataset)
+    layer = keras.models.load_model(finished[1] / "best_model_run5.h5").get_layer("P_scaled")
+    np.testing.assert_allclose(np.ravel(layer.mean), dataset.P[train_rows].mean(axis=0), rtol=1e-5)
+
+
+def test_report_says_what_was_run_and_how_it_compares(finished, metrics):
+    process, output = finished
+    report = (output / "detailed_comparison.txt").read_text()
+    assert report.strip() in process.stdout
+    for said in (
+        metrics["dataset"]["sha256"],
+        "complete; 2 of at most 2 epochs, best epoch",
+        "360: 306 training, 54 validation, 0 on both sides",
+        "5,630,369",
+        "No code is on both sides.",
+        "negative means that Run 5 has the smaller error",
+        "not measured here",
+    ):
+        assert said in report
+    assert re.search(r"^k,m +Run 2 +Run 4 +Run 5 +vs R2 +vs R4 +n$", report, re.M)
+    rows = re.findall(
+        r"^k=(\d),m=(\d) +([\d.]+) +([\d.]+) +([\d.]+) +([-+][\d.]+)% +([-+][\d.]+)% +n=(\d+)$", report, re.M
+    )
+    assert len(rows) == 9
+    for row, figures in zip(rows, metrics["groups"], strict=True):
+        run2, run4, own, vs2, vs4 = map(float, row[2:7])
+        assert (int(row[0]), int(row[1])) == (figures["k"], figures["m"])
+        assert own == pytest.approx(figures["run5"], abs=1e-6)
+        assert vs2 == pytest.approx(100 * (own / run2 - 1), abs=0.06)
+        assert vs4 == pytest.approx(100 * (own / run4 - 1), abs=0.06)
+    assert (rows[0][2], rows[3][3]) == ("0.103043", "1.379000")
+    tiers = dict(re.findall(r"^(easy|medium|hard|overall) +(.+)$", report, re.M))
+    assert list(tiers) == ["easy", "medium", "hard", "overall"]
+    for tier in metrics["tiers"]:
+        assert tiers[tier["tier"]].endswith("met" if tier["met"] else "missed")
+        assert tier["met"] == (tier["run5"] < run5.TARGETS[tier["tier"]])
+    means = {tier["tier"]: tier for tier in metrics["tiers"]}
+    assert means["overall"]["run2"] == pytest.approx(0.507, abs=1e-3)
+    assert means["overall"]["run4"] == pytest.approx(0.531, abs=1e-3)
+    easy = [row["run5"] for row in metrics["groups"] if (row["k"], row["m"]) in ((4, 2), (4, 3), (5, 2))]
+    assert means["easy"]["run5"] == pytest.approx(np.mean(easy))
+
+
+def test_progress_is_one_line_an_epoch_when_output_is_no_terminal(finished):
+    lines = [line for line in finished[0].stdout.splitlines() if line.startswith("epoch ")]
+    assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
+    assert all(
+        re.search(r"loss \S+ +val_loss \S+ +learning_rate \S+ +\S+ s an epoch, at most .* left", x) for x in lines
+    )
+
+
+def test_pictures_are_drawn(finished):
+    for name, least in (("training_history.png", 40), ("predictions_scatter.png", 40)):
+        with Image.open(finished[1] / name) as picture:
+            assert min(picture.size) > 800
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > least
+
+
+def test_a_met_target_is_reported_as_met(finished, metrics):
+    better = json.loads(json.dumps(metrics))
+    for tier in better["tiers"]:
+        tier["met"] = True
+    better["overall_to_beat"]["met"] = True
+    assert run5.report_text(better).count(" met\n") == 5
+    assert run5.report_text(better).count("missed") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "--epochs: found 0, expected 1 or more"),
+        (["--batch-size", "-3"], "--batch-size: found -3, expected 1 or more"),
+        (["--seed", "-1"], "--seed: found -1"),
+        (["--data", "none.npz"], "none.npz: no such file"),
+    ],
+)
+def test_bad_options_end_with_one_line_and_nothing_written(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run5.main([*arguments, "--output", "out"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_path_that_is_a_file_is_refused(tmp_path, small_npz, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert run5.main(["--data", str(small_npz), "--output", str(tmp_path / "file")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def start(*arguments):
+    command = [sys.executable, ROOT / "train_model_v5.py", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def without_times(folder):
+    return {k: v for k, v in json.loads((folder / "metrics.json").read_text()).items() if k != "times"}
+
+
+def test_a_killed_run_goes_on_to_the_result_of_an_unbroken_one(tmp_path, small_npz, finished, metrics):
+    arguments = ["--data", small_npz, "--output", tmp_path, "--epochs", "2"]
+    (tmp_path / "metrics.json").write_text("earlier")
+    process = start(*arguments)
+    for line in process.stdout:
+        if line.startswith("epoch 1/2"):
+            break
+    while not (tmp_path / "unfinished" / "journal.npz").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGSTOP)
+    second = run_script(*arguments)
+    process.kill()
+    process.wait()
+    assert second.returncode == 2 and "another run is writing there" in second.stderr
+    assert (tmp_path / "metrics.json").read_text() == "earlier"
+
+    other = run_script(*arguments[:-1], "3")
+    assert other.returncode == 2 and "epochs (2 there, 3 now)" in other.stderr and "--fresh" in other.stderr
+    resumed = run_script(*arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "1 epochs are done" in resumed.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == RESULTS
+    assert without_times(tmp_path) == {k: v for k, v in metrics.items() if k != "times"}
+
+
+def test_ctrl_c_ends_the_epoch_and_reports_what_there_is(tmp_path, small_npz):
+    arguments = ["--data", small_npz, "--output", tmp_path, "--epochs", "200"]
+    process = start(*arguments)
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            break
+    os.kill(process.pid, signal.SIGINT)
+    process.stdout.read()
+    assert process.wait(120) == 130
+    report = (tmp_path / "detailed_comparison.txt").read_text()
+    assert "interrupted, the same command goes on with it" in report
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*RESULTS, "unfinished"]
