@@ -6,10 +6,9 @@ trains a simple residual network on data/augmented.npz and writes to run_5/: bes
 predictions_scatter.png, detailed_comparison.txt and metrics.json. A run that was killed goes on when the same command
 is given again. The file reads from top to bottom in the order the data flows:
 
-    settings, dataset, split, model, training, report, plots, main
+    settings, dataset, split, model, training, report, plots, prediction, main
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -21,13 +20,13 @@ import signal
 import sqlite3
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from zipfile import BadZipFile
 
 # TensorFlow reports a missing GPU as an error. What is an error to us is raised as an exception.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -41,13 +40,23 @@ from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
 from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.preprocessing import StandardScaler
 
-from data.prepare import GROUPS, P_WIDTH, N, code_keys, unflatten, written_whole
+from data.prepare import (
+    GROUPS,
+    P_WIDTH,
+    Codes,
+    InputError,
+    N,
+    OneLineParser,
+    code_keys,
+    label,
+    read_codes,
+    read_heights,
+    unflatten,
+    write_heights,
+    written_whole,
+)
 
 HERE = Path(__file__).resolve().parent
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message is the one line that says what, where and what was expected."""
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -61,6 +70,12 @@ TIERS = {
 # The design's expectations: the mean log2-MSE over a tier's groups, and over all nine, is to stay below these.
 TARGETS = {"easy": 0.15, "medium": 0.30, "hard": 1.20, "overall": 0.35}
 OVERALL_TO_BEAT = 0.374
+
+# Heights that agree to this much in log2 are the same: files may have been labelled by a numerical solver.
+LABEL_TOLERANCE = 1e-4
+
+# Exit status after Ctrl-C, as shells have it.
+INTERRUPTED = 130
 
 # Rows in one step where nothing is learned; it changes no result.
 PREDICTION_BATCH = 2048
@@ -87,7 +102,10 @@ def setting(default, meaning: str):
 class Settings:
     """Everything a run depends on. The defaults are the experiment."""
 
-    data: Path = setting(HERE / "data" / "augmented.npz", "dataset: npz with arrays k, m, P and height")
+    data: tuple[Path, ...] = setting(
+        (HERE / "data" / "augmented.npz",),
+        "dataset: npz with k, m, P, height, or two files in the course's format (codes, heights), or their folder",
+    )
     output: Path = setting(HERE / "run_5", "folder for the results")
     epochs: int = setting(250, "passes over the training rows, at most")
     batch_size: int = setting(256, "rows in one optimizer step")
@@ -149,56 +167,61 @@ class Dataset:
         """float64 (rows,)"""
         return np.log2(self.height)
 
-    def inputs(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """What the model takes, by the names of its inputs, for these rows."""
-        n = np.full((len(rows), 1), N)
-        return {"n": n, "k": self.k[rows, None], "m": self.m[rows, None], "P_matrix": self.P[rows]}
+    @property
+    def repeats(self) -> int:
+        """Rows whose code and m an earlier row has too."""
+        return len(self) - len(np.unique(self.code * N + self.m))
 
 
-def load_dataset(path: Path | str) -> Dataset:
-    """Read an npz file with the arrays k, m (rows,), P (rows, 20) and height (rows,).
+def load_dataset(path: Path | str, heights: Path | str | None = None) -> Dataset:
+    """Read a dataset: one npz file, codes and heights in the course's format, or the folder that holds these two.
 
-    Raises InputError, with the row where there is one, when the file is missing or unreadable, an array is missing or
-    of another shape, (k, m) is none of the nine groups, P is not finite or not zero where it is padded, or a height is
-    not finite or below 1.
+    Raises InputError, with the row (from 0) where there is one, when a file is missing or malformed, codes and heights
+    are not equally many, (k, m) is none of the nine groups, P is not finite, or a height is not finite or below 1.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("k", "m", "P", "height")}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file, expected a dataset (python data/prepare.py makes one)") from None
-    except KeyError as error:
-        raise InputError(f"{path}: {error.args[0]}; expected arrays k, m, P, height") from None
-    except (OSError, ValueError, EOFError, BadZipFile, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read as npz ({error}); expected arrays k, m, P, height") from None
+    if path.is_dir():
+        path, heights = find_course_files(path)
+    codes = read_codes(path)
+    files = [path] if heights is None else [path, Path(heights)]
+    height = read_heights(files[-1])
+    if len(height) != len(codes.k):
+        raise InputError(f"{files[-1]}: found {len(height)} heights, expected one for each of {len(codes.k)} codes")
+    sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return Dataset(*codes, height, source=" + ".join(file.name for file in files), sha256=sha256)
 
-    rows = len(arrays["k"]) if arrays["k"].ndim else 0
-    for name, shape in {"k": (rows,), "m": (rows,), "P": (rows, P_WIDTH), "height": (rows,)}.items():
-        found = arrays[name]
-        if found.shape != shape:
-            raise InputError(f"{path}: array {name} has shape {found.shape}, expected {shape}")
-        if found.dtype.kind not in "iuf":
-            raise InputError(f"{path}: array {name} has dtype {found.dtype}, expected numbers")
-    if not rows:
-        raise InputError(f"{path}: found no rows, expected rows of all nine (k, m) groups")
 
-    k, m, P, height = (arrays[name].astype(np.float64) for name in ("k", "m", "P", "height"))
-    known = np.any([(k == group[0]) & (m == group[1]) for group in GROUPS], axis=0)
-    padding = np.arange(P_WIDTH) >= (k * (N - k))[:, None]
-    for good, what in (
-        (known, lambda i: f"(k, m) = ({k[i]:g}, {m[i]:g}), expected one of the nine groups"),
-        (np.isfinite(P).all(axis=1), lambda i: "NaN or inf in P, expected finite entries"),
-        ((P == 0).all(axis=1, where=padding), lambda i: f"P longer than k * (9 - k) = {k[i] * (N - k[i]):g} entries"),
-        (np.isfinite(height), lambda i: f"height {height[i]}, expected a finite number"),
-        (height >= 1, lambda i: f"height {height[i]}, expected 1 or more"),
-    ):
-        if not good.all():
-            row = int(np.argmin(good))
-            raise InputError(f"{path}: row {row}: found {what(row)}")
-    integer = {name: arrays[name].astype(np.int64) for name in ("k", "m")}
-    return Dataset(**integer, P=P, height=height, source=path.name, sha256=hashlib.sha256(content).hexdigest())
+def model_inputs(codes: Dataset | Codes, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """What the model takes for these rows, by input name: n, k, m of shape (rows, 1), P_matrix (rows, 20)."""
+    n = np.full((len(rows), 1), N)
+    return {"n": n, "k": codes.k[rows, None], "m": codes.m[rows, None], "P_matrix": codes.P[rows]}
+
+
+def find_course_files(folder: Path) -> tuple[Path, Path]:
+    """The two files of a course dataset in a folder, by their usual names."""
+    found = []
+    for pattern in ("*n_k_m_P*.pkl", "*mHeights*.pkl"):
+        names = sorted(folder.glob(pattern))
+        if len(names) != 1:
+            raise InputError(f"{folder}: found {len(names)} files {pattern}, expected 1; name the two files instead")
+        found += names
+    return found[0], found[1]
+
+
+def check_labels(dataset: Dataset, rows_per_group: int = 100) -> None:
+    """Label a sample of each group exactly. Raises InputError for a row whose height is another one."""
+    rng = np.random.default_rng(0)
+    for i in range(len(GROUPS)):
+        rows = np.flatnonzero(dataset.group == i)
+        rows = np.sort(rng.choice(rows, min(rows_per_group, len(rows)), replace=False))
+        exact = label(Codes(dataset.k[rows], dataset.m[rows], dataset.P[rows]), workers=1)
+        wrong = ~(np.abs(np.log2(exact) - dataset.log2_height[rows]) <= LABEL_TOLERANCE)
+        if wrong.any():
+            j = np.argmax(wrong)
+            raise InputError(
+                f"{dataset.source}: row {rows[j]}: found height {dataset.height[rows[j]]:.10g}, expected "
+                f"{exact[j]:.8g} ({wrong.sum()} of {len(rows)} rows checked there differ); --trust-labels goes on"
+            )
 
 
 # --- split ----------------------------------------------------------------------------------------------------------
@@ -330,7 +353,7 @@ def batches(dataset: Dataset, rows: np.ndarray, settings: Settings, first_epoch:
         order = np.random.default_rng([settings.seed, epoch]).permutation(rows)
         for start in range(0, len(order), settings.batch_size):
             batch = order[start : start + settings.batch_size]
-            yield dataset.inputs(batch), dataset.log2_height[batch, None], weight[batch]
+            yield model_inputs(dataset, batch), dataset.log2_height[batch, None], weight[batch]
 
 
 class BestModel(keras.callbacks.ModelCheckpoint):
@@ -345,10 +368,15 @@ class BestModel(keras.callbacks.ModelCheckpoint):
         super().set_model(self.saved_model)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        self.partial.unlink(missing_ok=True)
-        super().on_epoch_end(epoch, logs)
-        if self.partial.exists():
-            os.replace(self.partial, self.path)
+        try:
+            # HDF5 crashes when the disk fills up under it, so an ordinary file tries first whether there is room.
+            self.partial.write_bytes(bytes(4 * self.saved_model.count_params() + 1_000_000))
+            self.partial.unlink()
+            super().on_epoch_end(epoch, logs)
+            if self.partial.exists():
+                os.replace(self.partial, self.path)
+        finally:
+            self.partial.unlink(missing_ok=True)
 
 
 def describe_run(dataset: Dataset, settings: Settings) -> dict:
@@ -368,9 +396,9 @@ class Journal(keras.callbacks.Callback):
 
     MEMORY = ("wait", "best", "best_epoch", "stopped_epoch", "cooldown_counter")
 
-    def __init__(self, path: Path, run: dict, others: Sequence[keras.callbacks.Callback]) -> None:
+    def __init__(self, path: Path, run: dict, parameters: int, others: Sequence[keras.callbacks.Callback]) -> None:
         super().__init__()
-        self.path, self.run, self.others = path, run, others
+        self.path, self.run, self.parameters, self.others = path, run, parameters, others
         self.history: list[dict[str, float]] = []
         self.earlier_seconds, self.start = 0.0, time.perf_counter()
         self.interrupted = self.finished = self.diverged = False
@@ -499,7 +527,7 @@ def train(model, dataset, train_rows, val_rows, settings: Settings, work: Path) 
         keras.callbacks.EarlyStopping("val_loss", patience=settings.stop_patience),
         BestModel(work / "best_model.h5", model),
     ]
-    journal = Journal(work / "journal.npz", describe_run(dataset, settings), remembering)
+    journal = Journal(work / "journal.npz", describe_run(dataset, settings), model.count_params(), remembering)
     if journal.path.exists():
         journal.restore(network)
         print(f"going on with the unfinished run in {work}: {len(journal.history)} epochs are done", flush=True)
@@ -514,7 +542,7 @@ def train(model, dataset, train_rows, val_rows, settings: Settings, work: Path) 
             steps_per_epoch=int(np.ceil(len(train_rows) / settings.batch_size)),
             initial_epoch=first_epoch,
             epochs=settings.epochs,
-            validation_data=(dataset.inputs(val_rows), dataset.log2_height[val_rows, None]),
+            validation_data=(model_inputs(dataset, val_rows), dataset.log2_height[val_rows, None]),
             validation_batch_size=PREDICTION_BATCH,
             callbacks=[keras.callbacks.LearningRateScheduler(schedule), *remembering, Progress(), journal],
             shuffle=False,
@@ -526,20 +554,30 @@ def train(model, dataset, train_rows, val_rows, settings: Settings, work: Path) 
 # --- report ---------------------------------------------------------------------------------------------------------
 
 
-def predict_log2(model: keras.Model, dataset: Dataset, rows: np.ndarray) -> np.ndarray:
-    """log2 of the heights that the model gives for these rows, float64 (rows,)."""
-    height = model.predict(dataset.inputs(rows), batch_size=PREDICTION_BATCH, verbose=0)
-    return np.log2(height[:, 0].astype(np.float64))
+def predict_heights(model: keras.Model, codes: Dataset | Codes, rows: np.ndarray) -> np.ndarray:
+    """The heights that the model gives for these rows, float64 (rows,)."""
+    height = model.predict(model_inputs(codes, rows), batch_size=PREDICTION_BATCH, verbose=0)
+    return height[:, 0].astype(np.float64)
 
 
-def compare(dataset: Dataset, rows: np.ndarray, predicted: np.ndarray) -> tuple[list[dict], list[dict]]:
+def read_published() -> pd.DataFrame:
+    """The published log2-MSE of Run 2 and Run 4 (columns) by k and m (index). Raises InputError if it is not there."""
+    path = HERE / "data" / "baselines.csv"
+    try:
+        rows = pd.read_csv(path).query("source == 'published'")
+        table = rows.pivot(index=["k", "m"], columns="run", values="log2_mse")
+        return table.loc[list(GROUPS), ["Run 2", "Run 4"]].astype(float)
+    except (OSError, ValueError, KeyError, pd.errors.UndefinedVariableError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{path}: expected published Run 2 and Run 4 figures of the nine groups ({problem})") from None
+
+
+def compare(dataset: Dataset, rows, predicted: np.ndarray, published: pd.DataFrame) -> tuple[list[dict], list[dict]]:
     """The figures of the report: a row for each group, then a row for each tier and one for all nine groups.
 
-    predicted: log2 heights, (rows,). Every figure is a log2-MSE; that of a tier is the mean of its groups. vs_run2 and
-    vs_run4 are relative changes, Run 5 / other - 1.
+    predicted: log2 heights, (rows,); published: as from read_published. Every figure is a log2-MSE; that of a tier is
+    the mean of its groups. vs_run2 and vs_run4 are relative changes, Run 5 / other - 1.
     """
-    published = pd.read_csv(HERE / "data" / "baselines.csv").query("source == 'published'")
-    published = published.pivot(index=["k", "m"], columns="run", values="log2_mse")
     error = pd.DataFrame({"k": dataset.k[rows], "m": dataset.m[rows], "square": dataset.log2_height[rows] - predicted})
     table = error.assign(square=error["square"] ** 2).groupby(["k", "m"])["square"].agg(run5="mean", n="size")
     table = table.join(published.rename(columns={"Run 2": "run2", "Run 4": "run4"}))
@@ -555,11 +593,13 @@ def compare(dataset: Dataset, rows: np.ndarray, predicted: np.ndarray) -> tuple[
     return groups, tiers
 
 
-def describe_results(dataset: Dataset, train_rows, val_rows, model: keras.Model, journal: Journal, settings) -> dict:
+def describe_results(
+    dataset: Dataset, train_rows, val_rows, predicted: np.ndarray, published, journal: Journal, settings: Settings
+) -> dict:
     """All figures of the run, as they go to metrics.json; what differs between equal runs is under "times"."""
-    groups, tiers = compare(dataset, val_rows, predict_log2(model, dataset, val_rows))
+    groups, tiers = compare(dataset, val_rows, predicted, published)
     return {
-        "dataset": {"file": dataset.source, "sha256": dataset.sha256, "rows": len(dataset)},
+        "dataset": {"file": dataset.source, "sha256": dataset.sha256, "rows": len(dataset), "repeats": dataset.repeats},
         "split": describe_split(dataset, train_rows, val_rows),
         "distinct_codes": {
             "all": len(np.unique(dataset.code)),
@@ -572,7 +612,7 @@ def describe_results(dataset: Dataset, train_rows, val_rows, model: keras.Model,
         "best_epoch": journal.best_epoch,
         "best_val_loss": journal.history[journal.best_epoch - 1]["val_loss"],
         "interrupted": journal.interrupted,
-        "parameters": model.count_params(),
+        "parameters": journal.parameters,
         "groups": groups,
         "tiers": tiers,
         "overall_to_beat": {"target": OVERALL_TO_BEAT, "met": bool(tiers[-1]["run5"] < OVERALL_TO_BEAT)},
@@ -603,7 +643,7 @@ def report_text(results: dict) -> str:
     about = {
         "run": f"{ended}; {epochs}",
         "dataset": f"{results['dataset']['file']}, sha256 {results['dataset']['sha256']}",
-        "rows": f"{results['dataset']['rows']:,}",
+        "rows": f"{results['dataset']['rows']:,}, {results['dataset']['repeats']:,} of them repeat a code and m",
         "distinct codes": f"{codes['all']:,}: {codes['train']:,} training, {codes['val']:,} validation, "
         f"{codes['on_both_sides']} on both sides",
         "input": "the 20 numbers of P, scaled on training rows",
@@ -691,20 +731,58 @@ def plot_predictions(dataset: Dataset, rows: np.ndarray, predicted: np.ndarray, 
     figure.savefig(path, dpi=120)
 
 
+# --- prediction -----------------------------------------------------------------------------------------------------
+
+
+def load_trained(path: Path) -> keras.Model:
+    """The model in a file that this script made. Raises InputError where there is none or another kind of file."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected a trained model (python train_model_v5.py makes one)")
+    try:
+        model = keras.models.load_model(path)
+        names = [x.name for x in model.inputs]
+    except Exception as error:
+        # Keras and h5py raise many kinds for a torn or foreign file.
+        raise InputError(f"{path}: cannot be loaded as a model: {' '.join(str(error).split())}") from None
+    if names != ["n", "k", "m", "P_matrix"]:
+        raise InputError(f"{path}: takes {', '.join(names)}, expected a model that takes n, k, m, P_matrix")
+    return model
+
+
+def predict(inputs: Path, heights: Path | None, model: Path, output: Path) -> int:
+    """Write the model's heights for the codes of a file, in their order; with true heights print each group's error."""
+    codes = read_codes(inputs)
+    true = None if heights is None else read_heights(heights)
+    if true is not None and len(true) != len(codes.k):
+        raise InputError(f"{heights}: found {len(true)} heights, expected one for each of {len(codes.k)} codes")
+    predicted = predict_heights(load_trained(model), codes, np.arange(len(codes.k)))
+    output.mkdir(parents=True, exist_ok=True)
+    written = output / f"{inputs.stem}_predicted{'.csv' if inputs.suffix == '.npz' else '.pkl'}"
+    write_heights(written, codes, predicted)
+    print(f"{written}: {len(predicted):,} heights")
+    if true is not None:
+        square = (np.log2(predicted) - np.log2(true)) ** 2
+        table = pd.DataFrame({"k": codes.k, "m": codes.m, "square": square}).groupby(["k", "m"])["square"]
+        for (k, m), row in table.agg(["mean", "size"]).iterrows():
+            print(f"k={k},m={m}  log2-MSE {row['mean']:.6f}  n={row['size']:.0f}")
+        print(f"mean of the groups  log2-MSE {table.mean().mean():.6f}  n={len(true)}")
+    return 0
+
+
 # --- main -----------------------------------------------------------------------------------------------------------
 
 
-def write_results(dataset: Dataset, train_rows, val_rows, journal: Journal, settings: Settings, work: Path) -> str:
+def write_results(dataset: Dataset, train_rows, val_rows, published, journal, settings: Settings, work: Path) -> str:
     """Make all results in `work`, then move them to the output folder one by one. Returns the report."""
-    model = keras.models.load_model(work / "best_model.h5")
-    results = describe_results(dataset, train_rows, val_rows, model, journal, settings)
+    model = load_trained(work / "best_model.h5")
+    predicted = np.log2(predict_heights(model, dataset, val_rows))
+    results = describe_results(dataset, train_rows, val_rows, predicted, published, journal, settings)
     report = report_text(results)
     staged = work / "results"
     staged.mkdir(exist_ok=True)
     (staged / "detailed_comparison.txt").write_text(report, encoding="utf-8")
     (staged / "metrics.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot_history(journal.history, staged / "training_history.png")
-    predicted = predict_log2(model, dataset, val_rows)
     plot_predictions(dataset, val_rows, predicted, results["groups"], staged / "predictions_scatter.png")
     shutil.copy(work / "best_model.h5", staged / "best_model_run5.h5")
     for file in staged.iterdir():
@@ -712,18 +790,18 @@ def write_results(dataset: Dataset, train_rows, val_rows, journal: Journal, sett
     return report
 
 
-def run(settings: Settings, fresh: bool = False) -> int:
+def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> int:
     """Load, split, train, report. Returns the exit status."""
-    dataset = load_dataset(settings.data)
+    published = read_published()
+    dataset = load_dataset(*settings.data)
+    if not trust_labels:
+        check_labels(dataset)
     train_rows, val_rows = split_dataset(dataset, settings.val_fraction, settings.seed)
-    print(f"{dataset.source}: {len(dataset):,} rows, {dataset.code.max() + 1:,} distinct codes")
+    print(f"{dataset.source}: {len(dataset):,} rows, {dataset.repeats:,} of them repeat a code and m")
     print(split_text(describe_split(dataset, train_rows, val_rows)), flush=True)
 
     work = settings.output / "unfinished"
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {settings.output}: cannot be written to ({error.strerror})") from None
+    work.mkdir(parents=True, exist_ok=True)
     with only_run_in(settings.output):
         if fresh:
             shutil.rmtree(work)
@@ -739,11 +817,11 @@ def run(settings: Settings, fresh: bool = False) -> int:
                 file=sys.stderr,
             )
             return 1
-        report = write_results(dataset, train_rows, val_rows, journal, settings, work)
+        report = write_results(dataset, train_rows, val_rows, published, journal, settings, work)
         if not journal.interrupted:
             shutil.rmtree(work)
     print(f"\n{report}\nresults are in {settings.output}")
-    return 130 if journal.interrupted else 0
+    return INTERRUPTED if journal.interrupted else 0
 
 
 @contextmanager
@@ -763,29 +841,55 @@ def only_run_in(folder: Path) -> Iterator[None]:
         (folder / ".lock").unlink(missing_ok=True)
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, bool]:
-    parser = argparse.ArgumentParser(description="Train the Run 5 model and compare it with Run 2 and Run 4.")
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, Namespace]:
+    """The settings, and what is asked for beside them: fresh, trust_labels, predict, heights, model."""
+    parser = OneLineParser(description="Train the Run 5 model and compare it with Run 2 and Run 4, or predict with it.")
     for option in fields(Settings):
         if option.name in ("data", "output", "epochs", "batch_size", "seed"):
-            default = option.default_factory()
-            shown = default.relative_to(HERE) if isinstance(default, Path) else default
-            name, help = f"--{option.name.replace('_', '-')}", f"{option.metadata['help']} (default: {shown})"
-            parser.add_argument(
-                name, type=option.type, default=default, metavar=option.type.__name__.upper(), help=help
-            )
+            default, about = option.default_factory(), {"type": option.type}
+            shown = default
+            if option.name == "data":
+                about = {"type": Path, "nargs": "+"}
+                shown = default[0].relative_to(HERE)
+            elif option.name == "output":
+                shown = default.relative_to(HERE)
+            name, text = f"--{option.name.replace('_', '-')}", f"{option.metadata['help']} (default: {shown})"
+            parser.add_argument(name, default=default, metavar=option.name.upper(), help=text, **about)
     parser.add_argument("--fresh", action="store_true", help="start anew where an unfinished run lies")
-    arguments = vars(parser.parse_args(argv))
-    fresh = arguments.pop("fresh")
-    return Settings(**arguments), fresh
+    parser.add_argument("--trust-labels", action="store_true", help="do not compare heights with the exact ones")
+    parser.add_argument("--predict", type=Path, metavar="INPUTS", help="write heights for these codes, do not train")
+    parser.add_argument("--heights", type=Path, help="with --predict: the true heights, to print each group's error")
+    parser.add_argument(
+        "--model", type=Path, help="with --predict: the model (default: best_model_run5.h5 in the output)"
+    )
+    arguments = parser.parse_args(argv)
+    if len(arguments.data) > 2:
+        parser.error(f"--data: found {len(arguments.data)} paths, expected 1 or 2")
+    if not arguments.predict and (arguments.heights or arguments.model):
+        parser.error("--heights and --model: expected --predict INPUTS beside them")
+    names = [option.name for option in fields(Settings) if hasattr(arguments, option.name)]
+    chosen = {name: getattr(arguments, name) for name in names} | {"data": tuple(arguments.data)}
+    return Settings(**chosen), arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 for a loss that is no number, 2 for input that cannot be used, 130 for Ctrl-C."""
     logging.getLogger("absl").setLevel("ERROR")  # Keras warns at each checkpoint that h5 is an old format.
     try:
-        return run(*parse_arguments(argv))
+        settings, asked = parse_arguments(argv)
+        if asked.predict:
+            model = asked.model or settings.output / "best_model_run5.h5"
+            return predict(asked.predict, asked.heights, model, settings.output)
+        return run(settings, asked.fresh, asked.trust_labels)
     except InputError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        return 2
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or settings.output}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on after the last whole epoch", file=sys.stderr)
+        return INTERRUPTED
+    print(f"{Path(__file__).name}: {' '.join(problem.split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Make data/augmented.npz: random codes over the reals, each labelled with its exact m-height.
+"""Exact m-heights of codes over the reals, and the dataset data/augmented.npz of random codes labelled with them.
 
-    python data/prepare.py
+    python data/prepare.py                                    makes the dataset
+    python data/prepare.py --label INPUTS --output HEIGHTS    labels the codes of a file
 
 A code is given by its generator matrix in systematic form, G = [I_k | P]. This file holds
 
   minors       the maximal minors of G, which are the square minors of P,
   m_heights    the exact labeller,
   code_keys    what tells whether two matrices are one code up to row and column permutations and signs,
+  read_codes   codes from a file of the course's format or npz, refused by row if malformed,
   draw_codes   the distribution that the matrices are drawn from,
   make_dataset the dataset, nine (k, m) groups of equal size in which no code occurs twice.
 
@@ -18,17 +20,26 @@ value that |c_a| takes over the codewords c with |c_b| <= 1 for all b in B. By t
 """
 
 import argparse
+import csv
 import hashlib
+import io
 import os
+import pickle
+import re
+import reprlib
+import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
 from math import factorial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -45,6 +56,8 @@ STRUCTURED_SHARE = 0.04
 
 # Matrices labelled in one go: few enough that the tables of one chunk stay in a core's own cache.
 CHUNK = 128
+# Rows that one process labels in one go when a file is labelled.
+LABEL_BLOCK = 20_000
 
 # Float64 holds every integer up to here; all of the arithmetic on smaller ones is exact.
 EXACT_INTEGER_LIMIT = 2.0**53
@@ -248,6 +261,17 @@ def m_heights(P: np.ndarray, ms: Sequence[int]) -> np.ndarray:
 # --- codes ----------------------------------------------------------------------------------------------------------
 
 
+def flatten(P: np.ndarray) -> np.ndarray:
+    """P of shape (batch, k, n - k) as rows of P_WIDTH numbers: row-major, padded with zeros."""
+    flat = P.reshape(len(P), -1)
+    return np.pad(flat, ((0, 0), (0, P_WIDTH - flat.shape[1])))
+
+
+def unflatten(flat: np.ndarray, k: int) -> np.ndarray:
+    """The matrices P, shape (batch, k, N - k), from rows of P_WIDTH numbers."""
+    return flat[:, : k * (N - k)].reshape(len(flat), k, N - k)
+
+
 def code_keys(P: np.ndarray) -> np.ndarray:
     """One 16-byte digest for each matrix, equal for codes that are equal up to row and column permutation and sign.
 
@@ -297,18 +321,353 @@ def draw_codes(rng: np.random.Generator, count: int, k: int, r: int) -> np.ndarr
     return P
 
 
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is the one line that says what, where and what was expected."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with the options in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class Codes(NamedTuple):
+    """Codes of length N, row by row. k, m: int64 (rows,); P: float64 (rows, P_WIDTH) as `flatten` lays it out."""
+
+    k: np.ndarray
+    m: np.ndarray
+    P: np.ndarray
+
+
+# Pickles come from strangers, and a malformed one can crash even NumPy's own unpickling. So a pickle calls nothing but
+# the stand-ins below, which check what they are given; opcodes that course files have no use for are left out.
+
+
+class _Admitted:
+    """A function that a pickle may call and not change."""
+
+    def __init__(self, call) -> None:
+        self._call = call
+
+    def __call__(self, *arguments):
+        return self._call(*arguments)
+
+    def __setstate__(self, state) -> NoReturn:
+        raise pickle.UnpicklingError("it would change what it calls")
+
+
+class _Dtype:
+    """Stands in for numpy.dtype: plain numbers of at most eight bytes."""
+
+    def __init__(self, code: str, *_) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+    def read(self, raw: bytes) -> np.ndarray:
+        if not re.fullmatch("[biuf][1248]", self.code):
+            raise pickle.UnpicklingError(f"it holds an array of dtype {self.code!r}, expected numbers")
+        return np.frombuffer(raw, np.dtype(self.code).newbyteorder(self.order))
+
+
+class _Array:
+    """Stands in for numpy.ndarray."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.array = values
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, raw = state
+        self.array = dtype.read(raw).reshape(shape, order="F" if fortran else "C")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it holds bytes in encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+_PICKLE_MAY_CALL = {
+    ("numpy", "ndarray"): None,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _Admitted(_latin1),
+} | {
+    (f"numpy.{core}.{module}", name): _Admitted(call)
+    for core in ("core", "_core")
+    for module, name, call in (
+        ("multiarray", "_reconstruct", lambda kind, shape, code: _Array(np.empty(0))),
+        ("multiarray", "scalar", lambda dtype, raw: dtype.read(raw).item()),
+        (
+            "numeric",
+            "_frombuffer",
+            lambda raw, dtype, shape, order: _Array(dtype.read(raw).reshape(shape, order=order)),
+        ),
+    )
+}
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Admits numbers, strings, plain containers and arrays and scalars of numbers; refuses all else by its name."""
+
+    dispatch: ClassVar = {
+        opcode: load
+        for opcode, load in pickle._Unpickler.dispatch.items()
+        if load.__name__.removeprefix("load_")
+        not in ("persid", "binpersid", "ext1", "ext2", "ext4", "inst", "obj", "newobj", "newobj_ex")
+    }
+
+    def load_bytearray8(self) -> None:
+        # The original makes room for what the length says before it finds that the file is shorter.
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(self.read(length))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in _PICKLE_MAY_CALL:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, and only plain numbers and arrays are admitted")
+        return _PICKLE_MAY_CALL[module, name]
+
+
+def _read_pickle(path: Path, content: bytes):
+    """The object in a pickle, arrays in it as _Array. Raises InputError where it is torn or not plain."""
+    try:
+        return _PlainUnpickler(io.BytesIO(content)).load()
+    except Exception as error:
+        # A malformed pickle can raise anything, and every case means the same to the user.
+        problem = " ".join(str(error).split()) or type(error).__name__
+    raise InputError(f"{path}: cannot be read as npz or pickle: {problem}")
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if not content:
+        raise InputError(f"{path}: is empty")
+    return content
+
+
+def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> list[np.ndarray]:
+    """The named arrays, all of numbers, all of the first one's length."""
+    arrays = []
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            held = file.files
+            arrays = [file[name] for name in names if name in held]
+    except Exception as error:
+        # NumPy and zipfile raise many kinds for a torn file.
+        raise InputError(f"{path}: cannot be read as npz: {' '.join(str(error).split())}") from None
+    missing = [name for name in names if name not in held]
+    if missing:
+        raise InputError(f"{path}: has no array {missing[0]}, expected arrays k, m, P, height")
+    rows = len(arrays[0]) if arrays[0].ndim else 0
+    for name, array in zip(names, arrays, strict=True):
+        shape = (rows, P_WIDTH) if name == "P" else (rows,)
+        if array.shape != shape:
+            raise InputError(f"{path}: array {name} has shape {array.shape}, expected {shape}")
+        if array.dtype.kind not in "iuf":
+            raise InputError(f"{path}: array {name} has dtype {array.dtype}, expected numbers")
+    return arrays
+
+
+def _is_zip(content: bytes) -> bool:
+    return content.startswith(b"PK")
+
+
+def _codes_from_course(path: Path, rows) -> Codes:
+    """Codes from the course's list of [n, k, m, P], P of shape (k, n - k)."""
+    if not isinstance(rows, list | tuple):
+        raise InputError(f"{path}: holds {_name(rows)}, expected a list of [n, k, m, P]")
+    parts = []
+    for i, row in enumerate(rows):
+        where = f"{path}: row {i}"
+        if not isinstance(row, list | tuple) or len(row) != 4:
+            raise InputError(f"{where}: found {_name(row)}, expected [n, k, m, P]")
+        for name, value in zip("nkm", row, strict=False):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InputError(f"{where}: found {name} = {_name(value)}, expected an integer")
+        n, k, m, P = row
+        if n != N:
+            raise InputError(f"{where}: found n = {_name(n)}, expected {N}")
+        if (k, m) not in GROUPS:
+            raise InputError(f"{where}: found (k, m) = ({_name(k)}, {_name(m)}), expected one of the nine groups")
+        P = P.array if isinstance(P, _Array) else P
+        if not isinstance(P, np.ndarray) or P.dtype.kind not in "iuf" or P.shape != (k, N - k):
+            raise InputError(
+                f"{where}: found P = {_name(P)}, expected an array of numbers of shape {(int(k), int(N - k))}"
+            )
+        parts.append((k, m, flatten(P[None].astype(np.float64))[0]))
+    k, m, P = zip(*parts, strict=True) if parts else ((), (), ())
+    return Codes(np.array(k, dtype=np.int64), np.array(m, dtype=np.int64), np.array(P).reshape(-1, P_WIDTH))
+
+
+def _name(value) -> str:
+    """What a value is, in a few words."""
+    value = value.array if isinstance(value, _Array) else value
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} of shape {value.shape}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    if value is None or isinstance(value, bool | float | str) or (isinstance(value, int) and abs(value) < 10**20):
+        return reprlib.repr(value)
+    return f"a value of type {type(value).__name__.strip('_').lower()}"
+
+
+def read_codes(path: Path | str) -> Codes:
+    """Codes from an npz file with k, m, P or from a pickle in the course's format, a list of [n, k, m, P].
+
+    Raises InputError, with the row (from 0) where there is one: the file cannot be read or holds something else, n is
+    not N, (k, m) is none of GROUPS, P has another shape, is not finite, out of range or not zero where it is padded.
+    """
+    path = Path(path)
+    content = _read_bytes(path)
+    if _is_zip(content):
+        k, m, P = (array.astype(np.float64) for array in _read_npz(path, content, ("k", "m", "P")))
+    else:
+        k, m, P = _codes_from_course(path, _read_pickle(path, content))
+    if not len(k):
+        raise InputError(f"{path}: found no rows, expected codes")
+
+    known = np.any([(k == group[0]) & (m == group[1]) for group in GROUPS], axis=0)
+    padding = np.arange(P_WIDTH) >= (k * (N - k))[:, None]
+    size = np.abs(P)
+    sized = ((size == 0) | (size >= REAL_ENTRY_MIN) & (size <= REAL_ENTRY_MAX)).all(axis=1)
+    for good, what in (
+        (known, lambda i: f"(k, m) = ({k[i]:g}, {m[i]:g}), expected one of the nine groups"),
+        (np.isfinite(P).all(axis=1), lambda i: "NaN or inf in P, expected finite entries"),
+        (
+            sized,
+            lambda i: f"an entry of P out of range, expected 0 or {REAL_ENTRY_MIN:g} to {REAL_ENTRY_MAX:g} in size",
+        ),
+        ((P == 0).all(axis=1, where=padding), lambda i: f"more than k * (n - k) = {k[i] * (N - k[i]):g} entries in P"),
+    ):
+        _refuse_first(path, good, what)
+    return Codes(k.astype(np.int64), m.astype(np.int64), P)
+
+
+def read_heights(path: Path | str, finite: bool = True) -> np.ndarray:
+    """Heights, float64 (rows,), from npz (array height), csv (column height) or a pickled list as the course has it.
+
+    Raises InputError, with the row (from 0) where there is one: the file cannot be read or holds something else, or a
+    height is not a number, below 1, or, where `finite` is asked for, infinite.
+    """
+    path = Path(path)
+    content = _read_bytes(path)
+    if _is_zip(content):
+        values = _read_npz(path, content, ("height",))[0].tolist()
+    elif path.suffix == ".csv":
+        values = _height_column(path, content)
+    else:
+        values = _read_pickle(path, content)
+    if isinstance(values, _Array) and values.array.ndim == 1:
+        values = values.array.tolist()
+    if not isinstance(values, list | tuple):
+        raise InputError(f"{path}: holds {_name(values)}, expected a list of heights")
+
+    heights = np.empty(len(values))
+    for i, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{path}: row {i}: found height {_name(value)}, expected a number")
+        try:
+            heights[i] = value
+        except OverflowError:
+            heights[i] = np.inf if value > 0 else -np.inf
+    _refuse_first(path, ~np.isnan(heights), lambda i: "height nan, expected a number")
+    _refuse_first(path, heights >= 1, lambda i: f"height {_name(values[i])}, expected 1 or more")
+    if finite:
+        _refuse_first(path, np.isfinite(heights), lambda i: f"height {_name(values[i])}, expected a finite number")
+    return heights
+
+
+def _height_column(path: Path, content: bytes) -> list[float]:
+    try:
+        table = list(csv.DictReader(content.decode().splitlines()))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as csv: {error}") from None
+    column = []
+    for i, row in enumerate(table):
+        try:
+            column.append(float(row["height"]))
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{path}: row {i}: found height {row.get('height')!r}, expected a number") from None
+    return column
+
+
+def _refuse_first(path: Path, good: np.ndarray, what) -> None:
+    """Raise InputError for the first row that is not good; `what` says from its number what was found and expected."""
+    if not good.all():
+        row = int(np.argmin(good))
+        raise InputError(f"{path}: row {row}: found {what(row)}")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, of the same suffix; what was written there becomes `path` when all went well."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_heights(path: Path, codes: Codes, heights: np.ndarray) -> None:
+    """Heights in the order of the codes, by the suffix of `path`.
+
+    .csv: a table row, n, k, m, height; .npz: the dataset (k, m, P, height); anything else: a pickled list of floats.
+    """
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        if path.suffix == ".csv":
+            lines = ["row,n,k,m,height"]
+            for i, (k, m, height) in enumerate(zip(codes.k, codes.m, heights.tolist(), strict=True)):
+                lines.append(f"{i},{N},{k},{m},{height!r}")
+            file.write(("\n".join(lines) + "\n").encode())
+        elif path.suffix == ".npz":
+            np.savez_compressed(file, **codes._asdict(), height=heights)
+        else:
+            pickle.dump(heights.tolist(), file)
+
+
+# --- labels of a file -----------------------------------------------------------------------------------------------
+
+
+def _label_block(k: int, m: int, flat: np.ndarray) -> np.ndarray:
+    return m_heights(unflatten(flat, k), [m])[:, 0]
+
+
+def label(codes: Codes, progress=None, workers: int | None = None) -> np.ndarray:
+    """The exact height of each row, float64 (rows,), inf where it is infinite; on all cores where there is much to do.
+
+    progress(done) is called with the number of rows done. workers: processes to use, by default one for each core.
+    """
+    blocks = []
+    for k, m in GROUPS:
+        rows = np.flatnonzero((codes.k == k) & (codes.m == m))
+        blocks += [(k, m, rows[i : i + LABEL_BLOCK]) for i in range(0, len(rows), LABEL_BLOCK)]
+    heights = np.empty(len(codes.k))
+    workers = workers or os.cpu_count() or 1
+    done = 0
+    with ExitStack() as stack:
+        apply = map
+        if workers > 1 and len(codes.k) > 2 * LABEL_BLOCK:
+            apply = stack.enter_context(ProcessPoolExecutor(workers, get_context("spawn"))).map
+        ks, ms, rows_of = zip(*blocks, strict=True)
+        for rows, block in zip(rows_of, apply(_label_block, ks, ms, [codes.P[rows] for rows in rows_of]), strict=True):
+            heights[rows] = block
+            done += len(rows)
+            if progress:
+                progress(done)
+    return heights
+
+
 # --- dataset --------------------------------------------------------------------------------------------------------
-
-
-def flatten(P: np.ndarray) -> np.ndarray:
-    """P of shape (batch, k, n - k) as rows of P_WIDTH numbers: row-major, padded with zeros."""
-    flat = P.reshape(len(P), -1)
-    return np.pad(flat, ((0, 0), (0, P_WIDTH - flat.shape[1])))
-
-
-def unflatten(flat: np.ndarray, k: int) -> np.ndarray:
-    """The matrices P, shape (batch, k, N - k), from rows of P_WIDTH numbers."""
-    return flat[:, : k * (N - k)].reshape(len(flat), k, N - k)
 
 
 def make_dataset(rows_per_group: int = ROWS_PER_GROUP, seed: int = SEED, progress=None) -> dict[str, np.ndarray]:
@@ -341,48 +700,97 @@ def make_dataset(rows_per_group: int = ROWS_PER_GROUP, seed: int = SEED, progres
     return {name: np.concatenate([part[name] for part in parts]) for name in ("k", "m", "P", "height")}
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, of the same suffix; what was written there becomes `path` when all went well."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def describe(dataset: dict[str, np.ndarray]) -> str:
+    """A Markdown table of the dataset's groups: rows, log2 heights, and what the matrices are like."""
+    lines = [
+        "| k, m | rows | log2 height: mean | variance | least | largest | entries within 8 | with a zero minor |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for k, m in GROUPS:
+        rows = (dataset["k"] == k) & (dataset["m"] == m)
+        log2, P = np.log2(dataset["height"][rows]), unflatten(dataset["P"][rows], k)
+        small, zero = (np.abs(P) <= 8).all(axis=(1, 2)).mean(), (minors(P) == 0).any(axis=1).mean()
+        figures = (
+            f"{log2.mean():.2f} | {log2.var():.2f} | {log2.min():.2f} | {log2.max():.2f} | {small:.0%} | {zero:.0%}"
+        )
+        lines.append(f"| {k}, {m} | {rows.sum():,} | {figures} |")
+    return "\n".join(lines)
+
+
+# --- main -----------------------------------------------------------------------------------------------------------
+
+
+def label_file(inputs: Path, output: Path) -> None:
+    """Write the exact heights of the codes in a file, in their order."""
+    codes = read_codes(inputs)
+    start = time.perf_counter()
+
+    def progress(done: int) -> None:
+        seconds = time.perf_counter() - start
+        print(f"{done:,} of {len(codes.k):,} codes, {seconds:.1f} s", flush=True)
+
+    heights = label(codes, progress)
+    write_heights(output, codes, heights)
+    print(f"{output}: {len(heights):,} heights, {np.isinf(heights).sum():,} of them infinite")
+
+
+def make_file(rows_per_group: int, seed: int, output: Path) -> None:
+    """Make the dataset and write it."""
+    start = time.perf_counter()
+
+    def progress(group: tuple[int, int], rows: int, drawn: int) -> None:
+        done = GROUPS.index(group) * rows_per_group + rows
+        print(
+            f"k={group[0]},m={group[1]}: {rows:,} of {rows_per_group:,} rows from {drawn:,} codes drawn; "
+            f"{done / len(GROUPS) / rows_per_group:.0%} of all, {time.perf_counter() - start:.1f} s",
+            flush=True,
+        )
+
+    dataset = make_dataset(rows_per_group, seed, progress)
+    codes = Codes(dataset["k"], dataset["m"], dataset["P"])
+    write_heights(output, codes, dataset["height"])
+    print(f"\n{describe(dataset)}\n\n{output}: {len(codes.k):,} rows, {output.stat().st_size / 1e6:.1f} MB")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Draw random codes, label each with its exact m-height, save them.")
+    parser = OneLineParser(description="Make the dataset of random codes, or label the codes of a file exactly.")
     parser.add_argument(
-        "--output", type=Path, default=Path(__file__).with_name("augmented.npz"), help="default: %(default)s"
+        "--label", type=Path, metavar="INPUTS", help="label this file: npz, or a pickle of [n, k, m, P]"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the dataset (default: augmented.npz beside this file), or with --label the heights: "
+        ".csv a table, .npz a dataset, anything else a pickled list",
     )
     parser.add_argument(
         "--rows", type=int, default=ROWS_PER_GROUP, help="rows of each (k, m) group (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=SEED, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the dataset (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.rows < 1:
         parser.error(f"--rows: found {args.rows}, expected 1 or more")
     if args.seed < 0:
         parser.error(f"--seed: found {args.seed}, expected 0 or more")
-    if args.output.is_dir() or not args.output.parent.is_dir():
-        parser.error(f"--output: {args.output} is not a file name in an existing folder")
+    if args.label and not args.output:
+        parser.error("--label: expected --output HEIGHTS beside it")
+    output = args.output or Path(__file__).with_name("augmented.npz")
+    if output.is_dir() or not output.parent.is_dir():
+        parser.error(f"--output: {output} is not a file name in an existing folder")
+    if args.label and output.exists() and output.samefile(args.label):
+        parser.error(f"--output: {output} is the file to be labelled, expected another name")
+    if not args.label and output.suffix != ".npz":
+        parser.error(f"--output: found {output}, expected a name that ends in .npz")
 
-    start = time.perf_counter()
-
-    def progress(group: tuple[int, int], rows: int, drawn: int) -> None:
-        done = GROUPS.index(group) * args.rows + rows
-        print(
-            f"k={group[0]},m={group[1]}: {rows:,} of {args.rows:,} rows from {drawn:,} codes drawn; "
-            f"{done / len(GROUPS) / args.rows:.0%} of all, {time.perf_counter() - start:.1f} s",
-            flush=True,
-        )
-
-    dataset = make_dataset(args.rows, args.seed, progress)
-    with written_whole(args.output) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **dataset)
-    print(f"{args.output}: {len(dataset['height']):,} rows, {args.output.stat().st_size / 1e6:.1f} MB")
+    try:
+        if args.label:
+            label_file(args.label, output)
+        else:
+            make_file(args.rows, args.seed, output)
+    except InputError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--output: {output} cannot be written: {error.strerror or error}")
     return 0
 
 
