@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
+from zipfile import BadZipFile
 
 # TensorFlow reports a missing GPU as an error. What is an error to us is raised as an exception.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -235,6 +236,8 @@ def split_dataset(dataset: Dataset, val_fraction: float = 0.15, seed: int = 42) 
     and where that is still too small, with the largest stratum. Raises InputError when a (k, m) group would have no
     row on one of the sides.
     """
+    if not 0 < val_fraction < 1:
+        raise InputError(f"val_fraction: found {val_fraction}, expected more than 0 and less than 1")
     counts = np.zeros((dataset.code.max() + 1, len(GROUPS)), dtype=np.int64)
     np.add.at(counts, (dataset.code, dataset.group), 1)
     for (k, m), codes in zip(GROUPS, (counts > 0).sum(axis=0), strict=True):
@@ -401,13 +404,18 @@ class Journal(keras.callbacks.Callback):
         self.path, self.run, self.parameters, self.others = path, run, parameters, others
         self.history: list[dict[str, float]] = []
         self.earlier_seconds, self.start = 0.0, time.perf_counter()
-        self.interrupted = self.finished = self.diverged = False
+        self.stop_asked = self.finished = self.diverged = False
         self.memory: list[dict] = []
 
     @property
     def seconds(self) -> float:
         """Wall time of the run, that of earlier starts included."""
         return self.earlier_seconds + time.perf_counter() - self.start
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run ended because it was asked to, with epochs left."""
+        return self.stop_asked and not self.finished
 
     @property
     def best_epoch(self) -> int:
@@ -419,9 +427,12 @@ class Journal(keras.callbacks.Callback):
 
     def restore(self, model: keras.Model) -> None:
         """Bring `model` and this journal to where the file says the run was. Raises InputError if it is another run."""
-        with np.load(self.path, allow_pickle=False) as file:
-            kept = json.loads(str(file["journal"]))
-            values = [file[f"v{i}"] for i in range(len(file.files) - 1)]
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                kept = json.loads(str(file["journal"]))
+                values = [file[f"v{i}"] for i in range(len(file.files) - 1)]
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise InputError(f"{self.path}: cannot be read ({error}); --fresh starts the run anew") from None
         differs = [
             f"{name} ({kept['run'].get(name)} there, {now} now)"
             for name, now in self.run.items()
@@ -434,6 +445,8 @@ class Journal(keras.callbacks.Callback):
             )
         model.optimizer.build(model.trainable_variables)
         self.set_model(model)
+        if [v.shape for v in self.variables()] != [value.shape for value in values]:
+            raise InputError(f"{self.path}: is of another network; --fresh starts the run anew")
         for variable, value in zip(self.variables(), values, strict=True):
             variable.assign(value)
         self.history, self.memory = kept["history"], kept["memory"]
@@ -461,7 +474,7 @@ class Journal(keras.callbacks.Callback):
         values = {f"v{i}": keras.ops.convert_to_numpy(v) for i, v in enumerate(self.variables())}
         with written_whole(self.path) as temporary, open(temporary, "wb") as file:
             np.savez(file, journal=json.dumps(kept), **values)
-        if self.interrupted:
+        if self.stop_asked:
             self.model.stop_training = True
 
 
@@ -488,7 +501,7 @@ def ends_after_the_epoch(journal: Journal) -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
 
     def ask(*_) -> None:
-        journal.interrupted = True
+        journal.stop_asked = True
         signal.signal(signal.SIGINT, before)
         print("\ninterrupted: the run ends after this epoch; Ctrl-C again ends it at once", flush=True)
 
@@ -813,7 +826,7 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
         if journal.diverged:
             print(
                 f"the loss became NaN or infinite in epoch {len(journal.history) + 1}: look for extreme heights in the "
-                f"dataset, try another --seed or a smaller learning rate; {work} keeps the best model so far",
+                f"dataset, try another --seed (with --fresh) or a smaller rate; {work} keeps the best model so far",
                 file=sys.stderr,
             )
             return 1

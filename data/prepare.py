@@ -392,23 +392,27 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _empty_array(kind, shape: tuple, code: bytes) -> _Array:
+    return _Array(np.empty(0))
+
+
+def _scalar(dtype: _Dtype, raw: bytes) -> int | float | bool:
+    return dtype.read(raw).item()
+
+
+def _from_buffer(raw: bytes, dtype: _Dtype, shape: tuple, order: str) -> _Array:
+    return _Array(dtype.read(raw).reshape(shape, order=order))
+
+
 _PICKLE_MAY_CALL = {
     ("numpy", "ndarray"): None,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _Admitted(_latin1),
-} | {
-    (f"numpy.{core}.{module}", name): _Admitted(call)
-    for core in ("core", "_core")
-    for module, name, call in (
-        ("multiarray", "_reconstruct", lambda kind, shape, code: _Array(np.empty(0))),
-        ("multiarray", "scalar", lambda dtype, raw: dtype.read(raw).item()),
-        (
-            "numeric",
-            "_frombuffer",
-            lambda raw, dtype, shape, order: _Array(dtype.read(raw).reshape(shape, order=order)),
-        ),
-    )
 }
+for _core in ("numpy.core", "numpy._core"):
+    _PICKLE_MAY_CALL[f"{_core}.multiarray", "_reconstruct"] = _Admitted(_empty_array)
+    _PICKLE_MAY_CALL[f"{_core}.multiarray", "scalar"] = _Admitted(_scalar)
+    _PICKLE_MAY_CALL[f"{_core}.numeric", "_frombuffer"] = _Admitted(_from_buffer)
 
 
 class _PlainUnpickler(pickle._Unpickler):
@@ -610,7 +614,7 @@ def _refuse_first(path: Path, good: np.ndarray, what) -> None:
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, of the same suffix; what was written there becomes `path` when all went well."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -176,7 +176,8 @@ def test_a_killed_run_goes_on_to_the_result_of_an_unbroken_one(tmp_path, small_n
     for line in process.stdout:
         if line.startswith("epoch 1/2"):
             break
-    while not (tmp_path / "unfinished" / "journal.npz").exists():
+    journal = tmp_path / "unfinished" / "journal.npz"
+    while not journal.exists():
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGSTOP)
     second = run_script(*arguments)
@@ -184,6 +185,12 @@ def test_a_killed_run_goes_on_to_the_result_of_an_unbroken_one(tmp_path, small_n
     process.wait()
     assert second.returncode == 2 and "another run is writing there" in second.stderr
     assert (tmp_path / "metrics.json").read_text() == "earlier"
+
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:5_000_000])
+    torn = run_script(*arguments)
+    assert torn.returncode == 2 and "journal.npz: cannot be read" in torn.stderr and "--fresh" in torn.stderr
+    journal.write_bytes(whole)
 
     other = run_script(*arguments[:-1], "3")
     assert other.returncode == 2 and "epochs (2 there, 3 now)" in other.stderr and "--fresh" in other.stderr
@@ -235,7 +242,7 @@ assert os.waitpid(start({unbroken!r}), 0)[1] == 0
 random.seed(0)
 for kill in range(20):
     child = start({broken!r})
-    time.sleep(random.uniform(0, 7))
+    time.sleep(random.uniform(0, 12))
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, f"the run ended before kill {{kill}}"
 assert os.waitpid(start({broken!r}), 0)[1] == 0
