@@ -50,11 +50,12 @@ from data.prepare import (
     OneLineParser,
     code_keys,
     label,
+    npz_bytes,
     read_codes,
     read_heights,
     unflatten,
     write_heights,
-    written_whole,
+    write_whole,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -472,8 +473,7 @@ class Journal(keras.callbacks.Callback):
             "finished": self.finished,
         }
         values = {f"v{i}": keras.ops.convert_to_numpy(v) for i, v in enumerate(self.variables())}
-        with written_whole(self.path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, journal=json.dumps(kept), **values)
+        write_whole(self.path, npz_bytes(np.savez, journal=np.array(json.dumps(kept)), **values))
         if self.stop_asked:
             self.model.stop_training = True
 

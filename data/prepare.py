@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
@@ -611,15 +611,22 @@ def _refuse_first(path: Path, good: np.ndarray, what) -> None:
         raise InputError(f"{path}: row {row}: found {what(row)}")
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, of the same suffix; what was written there becomes `path` when all went well."""
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that `path` is always whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield temporary
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def npz_bytes(save, **arrays: np.ndarray) -> bytes:
+    """What np.savez or np.savez_compressed, given as `save`, would write."""
+    # On a full disk NumPy's writers leave tracebacks behind; in memory they don't fail.
+    buffer = io.BytesIO()
+    save(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def write_heights(path: Path, codes: Codes, heights: np.ndarray) -> None:
@@ -627,16 +634,16 @@ def write_heights(path: Path, codes: Codes, heights: np.ndarray) -> None:
 
     .csv: a table row, n, k, m, height; .npz: the dataset (k, m, P, height); anything else: a pickled list of floats.
     """
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
-        if path.suffix == ".csv":
-            lines = ["row,n,k,m,height"]
-            for i, (k, m, height) in enumerate(zip(codes.k, codes.m, heights.tolist(), strict=True)):
-                lines.append(f"{i},{N},{k},{m},{height!r}")
-            file.write(("\n".join(lines) + "\n").encode())
-        elif path.suffix == ".npz":
-            np.savez_compressed(file, **codes._asdict(), height=heights)
-        else:
-            pickle.dump(heights.tolist(), file)
+    if path.suffix == ".csv":
+        lines = ["row,n,k,m,height"]
+        for i, (k, m, height) in enumerate(zip(codes.k, codes.m, heights.tolist(), strict=True)):
+            lines.append(f"{i},{N},{k},{m},{height!r}")
+        content = ("\n".join(lines) + "\n").encode()
+    elif path.suffix == ".npz":
+        content = npz_bytes(np.savez_compressed, **codes._asdict(), height=heights)
+    else:
+        content = pickle.dumps(heights.tolist())
+    write_whole(path, content)
 
 
 # --- labels of a file -----------------------------------------------------------------------------------------------

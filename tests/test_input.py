@@ -395,7 +395,7 @@ sys.exit(train_model_v5.main({arguments!r}))
     assert last.startswith("train_model_v5.py: ") and str(tmp_path) in last
     assert "Traceback" not in process.stderr
     assert (tmp_path / "metrics.json").read_text() == "earlier"
-    assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name or "partial" in path.name]
+    assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name or "partial" in path.name]
 
 
 @pytest.mark.skipif(not COURSE_SAMPLE.exists(), reason="the course's sample is not here")
