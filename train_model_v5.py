@@ -520,6 +520,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def make_repeatable(seed: int) -> None:
+    """Seed initial weights and dropout, and have every operation give the same result each time."""
+    keras.utils.set_random_seed(seed)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.enable_op_determinism()
+
+
 def train(model, dataset, train_rows, val_rows, settings: Settings, work: Path) -> Journal:
     """Train to the early stop or the last epoch; the best model so far is work/best_model.h5.
 
@@ -736,7 +745,7 @@ def plot_predictions(dataset: Dataset, rows: np.ndarray, predicted: np.ndarray, 
             panel.plot(ends, ends, color="black", linewidth=0.8)
             panel.scatter(true[inside], predicted[inside], s=5, alpha=0.3, linewidths=0)
             row = figures[k, m]
-            panel.set_title(f"k={k}, m={m} ({tier}): log2-MSE {row['run5']:.3f}, n={row['n']:,}", fontsize=10)
+            panel.set_title(f"k={k}, m={m} ({tier}): log2-MSE {row['run5']:.3f}, n={row['n']:,}", fontsize=9)
             panel.grid(alpha=0.3)
     figure.supxlabel("true log2 height")
     figure.supylabel("predicted log2 height")
@@ -819,7 +828,7 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
         if fresh:
             shutil.rmtree(work)
             work.mkdir()
-        keras.utils.set_random_seed(settings.seed)
+        make_repeatable(settings.seed)
         model = build_model(fit_scaler(dataset.P[train_rows]))
         print(f"{model.count_params():,} parameters, {len(train_rows):,} rows an epoch", flush=True)
         journal = train(model, dataset, train_rows, val_rows, settings, work)

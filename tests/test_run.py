@@ -220,32 +220,34 @@ import os, random, signal, sys, time
 sys.path.insert(0, {root!r})
 import train_model_v5 as run5
 
-full, batches = run5.dense_block, run5.batches
+full, batches, line = run5.dense_block, run5.batches, run5.Progress.on_epoch_end
 run5.dense_block = lambda x, units, dropout=0.0: full(x, max(4, units // 32), dropout)
-arguments = ["--data", {data!r}, "--epochs", "100", "--output"]
+arguments = ["--data", {data!r}, "--epochs", "120", "--output"]
 
 
 def start(folder):
-    # A fork has what takes long, the imports, behind it. It says when training begins.
-    ready, begins = os.pipe()
+    # A fork has what takes long, the imports, behind it. It sends a byte when training begins and for every epoch.
+    pulse, beat = os.pipe()
     child = os.fork()
     if child == 0:
-        run5.batches = lambda *rest: (os.write(begins, b"x"), batches(*rest))[1]
+        run5.batches = lambda *rest: (os.write(beat, b"x"), batches(*rest))[1]
+        run5.Progress.on_epoch_end = lambda *rest: (line(*rest), os.write(beat, b"x"))
         os._exit(run5.main([*arguments, folder]))
-    os.close(begins)
-    os.read(ready, 1)
-    os.close(ready)
-    return child
+    os.close(beat)
+    return child, pulse
 
 
-assert os.waitpid(start({unbroken!r}), 0)[1] == 0
+assert os.waitpid(start({unbroken!r})[0], 0)[1] == 0
 random.seed(0)
 for kill in range(20):
-    child = start({broken!r})
-    time.sleep(random.uniform(0, 12))
+    child, pulse = start({broken!r})
+    for _ in range(random.randrange(0, 6)):
+        os.read(pulse, 1)
+    time.sleep(random.uniform(0, 0.2))
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, f"the run ended before kill {{kill}}"
-assert os.waitpid(start({broken!r}), 0)[1] == 0
+    os.close(pulse)
+assert os.waitpid(start({broken!r})[0], 0)[1] == 0
 """
 
 
