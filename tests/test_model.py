@@ -1,11 +1,15 @@
 """The network as the design spells it out, its training configuration, and the saved file."""
 
+import time
+
 import h5py
 import keras
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import train_model_v5 as run5
+from data.prepare import Codes, label
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +147,20 @@ def test_optimizer_is_the_designs(dataset, tmp_path, small_network):
 def test_a_loss_that_is_no_number_ends_the_run(dataset, tmp_path, small_network):
     journal = trained(dataset, tmp_path, epochs=3, learning_rate=float("inf"))
     assert journal.diverged and not journal.finished and not journal.history
+
+
+@pytest.mark.slow
+def test_exact_heights_are_faster_than_the_network(model):
+    """Codes a second over all nine groups, in turn, the best of five readings; the labeller in one process."""
+    shipped = run5.load_dataset(ROOT / "data" / "augmented.npz")
+    rows = np.arange(0, len(shipped), 4)
+    codes = Codes(shipped.k[rows], shipped.m[rows], shipped.P[rows])
+    ways = {"exact": lambda: label(codes, workers=1), "network": lambda: run5.predict_heights(model, shipped, rows)}
+    rates = dict.fromkeys(ways, 0.0)
+    for _ in range(5):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            rates[name] = max(rates[name], len(rows) / (time.perf_counter() - start))
+    print(", ".join(f"{name}: {rate:,.0f} codes a second" for name, rate in rates.items()))
+    assert rates["exact"] > rates["network"]
