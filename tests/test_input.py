@@ -369,6 +369,23 @@ def test_prediction_refuses_what_it_cannot_do(tmp_path, course, model_file, caps
     assert "found 1 heights, expected one for each of 360" in refused(*few)
 
 
+def test_a_model_that_brings_code_is_refused_before_it_runs(tmp_path, course, capsys):
+    import keras
+
+    ran = tmp_path / "ran"
+    source = f"(lambda x: (open({str(ran)!r}, 'w').close(), x)[1])"
+    inputs = [keras.layers.Input((1,), name=name) for name in ("n", "k", "m")] + [
+        keras.layers.Input((20,), name="P_matrix")
+    ]
+    model = keras.Model(inputs, keras.layers.Lambda(eval(source))(inputs[3]))
+    ran.unlink()
+    model.save(tmp_path / "hostile.h5")
+    arguments = ["--predict", course[0], "--model", tmp_path / "hostile.h5", "--output", tmp_path / "out"]
+    assert run5.main([str(argument) for argument in arguments]) == 2
+    assert "hostile.h5: cannot be loaded as a model" in capsys.readouterr().err
+    assert not ran.exists()
+
+
 def test_options_that_need_predict_say_so(capsys):
     with pytest.raises(SystemExit) as exit:
         run5.main(["--heights", "h.pkl"])

@@ -149,6 +149,42 @@ def test_a_loss_that_is_no_number_ends_the_run(dataset, tmp_path, small_network)
     assert journal.diverged and not journal.finished and not journal.history
 
 
+def test_a_run_of_another_dataset_or_network_is_not_gone_on_with(dataset, tmp_path, small_network, monkeypatch):
+    trained(dataset, tmp_path, epochs=1)
+    other = run5.Dataset(dataset.k, dataset.m, dataset.P, dataset.height, "other", "another hash")
+    with pytest.raises(run5.InputError, match=r"other settings: data \(.* there, another hash now\)"):
+        trained(other, tmp_path, epochs=1)
+    with pytest.raises(run5.InputError, match=r"seed \(42 there, 7 now\)"):
+        trained(dataset, tmp_path, epochs=1, seed=7)
+    monkeypatch.setattr(run5, "residual_block", lambda x, units, dropout: x)
+    with pytest.raises(run5.InputError, match=r"is of another network; --fresh"):
+        trained(dataset, tmp_path, epochs=1)
+
+
+def test_fresh_drops_an_unfinished_run(dataset, small_npz, tmp_path, small_network, capsys):
+    work = tmp_path / "unfinished"
+    work.mkdir()
+    trained(dataset, work, epochs=2)
+    arguments = ["--data", str(small_npz), "--output", str(tmp_path), "--epochs", "1"]
+    assert run5.main(arguments) == 2
+    assert "epochs (2 there, 1 now)" in capsys.readouterr().err
+    assert run5.main([*arguments, "--fresh"]) == 0
+    assert "complete; 1 of at most 1 epochs" in (tmp_path / "detailed_comparison.txt").read_text()
+    assert not work.exists()
+
+
+def test_a_diverged_run_says_what_to_try_and_keeps_the_best_model(
+    small_npz, tmp_path, small_network, monkeypatch, capsys
+):
+    monkeypatch.setattr(run5, "lr_schedule", lambda epoch, lr, **rest: lr if epoch < 1 else float("inf"))
+    assert run5.main(["--data", str(small_npz), "--output", str(tmp_path), "--epochs", "5"]) == 1
+    err = capsys.readouterr().err
+    assert "became NaN or infinite in epoch 2" in err and "try another --seed" in err
+    best = run5.load_trained(tmp_path / "unfinished" / "best_model.h5")
+    assert all(np.isfinite(weight).all() for weight in best.get_weights())
+    assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]
+
+
 @pytest.mark.slow
 def test_exact_heights_are_faster_than_the_network(model):
     """Codes a second over all nine groups, in turn, the best of five readings; the labeller in one process."""

@@ -160,6 +160,25 @@ def test_an_output_path_that_is_a_file_is_refused(tmp_path, small_npz, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, small_npz, monkeypatch, capsys):
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(run5.Path, "mkdir", refuse)
+    assert run5.main(["--data", str(small_npz), "--output", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "out/unfinished: Permission denied" in err and err.count("\n") == 1
+
+
+def test_a_second_ctrl_c_ends_with_one_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run5, "run", interrupt)
+    assert run5.main([]) == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on after the last whole epoch\n"
+
+
 def start(*arguments):
     command = [sys.executable, ROOT / "train_model_v5.py", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
