@@ -432,7 +432,7 @@ class Journal(keras.callbacks.Callback):
             with np.load(self.path, allow_pickle=False) as file:
                 kept = json.loads(str(file["journal"]))
                 values = [file[f"v{i}"] for i in range(len(file.files) - 1)]
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
             raise InputError(f"{self.path}: cannot be read ({error}); --fresh starts the run anew") from None
         differs = [
             f"{name} ({kept['run'].get(name)} there, {now} now)"

@@ -6,6 +6,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import ROOT
 
 import train_model_v5 as run5
@@ -104,9 +105,12 @@ def test_an_epoch_has_every_training_row_once_with_its_weight(dataset):
 
 @pytest.fixture
 def small_network(monkeypatch):
-    """The network at a 32nd of its width, where only what is around it is tested."""
+    """The network at a 32nd of its width and without a graph to trace, where only what is around it is tested."""
     full = run5.dense_block
     monkeypatch.setattr(run5, "dense_block", lambda x, units, dropout=0.0: full(x, max(4, units // 32), dropout))
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
 def trained(dataset, tmp_path, **changes):
@@ -159,6 +163,14 @@ def test_a_run_of_another_dataset_or_network_is_not_gone_on_with(dataset, tmp_pa
     monkeypatch.setattr(run5, "residual_block", lambda x, units, dropout: x)
     with pytest.raises(run5.InputError, match=r"is of another network; --fresh"):
         trained(dataset, tmp_path, epochs=1)
+
+
+def test_a_torn_journal_is_refused(dataset, tmp_path, small_network):
+    journal = trained(dataset, tmp_path, epochs=1).path
+    for content in (journal.read_bytes()[:50_000], b"", b"text"):
+        journal.write_bytes(content)
+        with pytest.raises(run5.InputError, match=r"journal\.npz: cannot be read .*; --fresh"):
+            trained(dataset, tmp_path, epochs=1)
 
 
 def test_fresh_drops_an_unfinished_run(dataset, small_npz, tmp_path, small_network, capsys):
