@@ -138,6 +138,11 @@ def test_default_split_holds_out_1800_rows_of_each_group(shipped):
     }
 
 
+def test_a_code_on_both_sides_would_be_found(shipped):
+    with pytest.raises(RuntimeError, match="1 codes are in training and validation at once"):
+        run5.describe_split(shipped, np.arange(10), np.arange(9, 20))
+
+
 def test_duplicates_and_other_m_of_a_code_stay_on_its_side():
     rng = np.random.default_rng(3)
     rows = []
