@@ -189,11 +189,17 @@ def load_dataset(path: Path | str, heights: Path | str | None = None) -> Dataset
         path, heights = find_course_files(path)
     codes = read_codes(path)
     files = [path] if heights is None else [path, Path(heights)]
-    height = read_heights(files[-1])
-    if len(height) != len(codes.k):
-        raise InputError(f"{files[-1]}: found {len(height)} heights, expected one for each of {len(codes.k)} codes")
+    height = heights_of(codes, files[-1])
     sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return Dataset(*codes, height, source=" + ".join(file.name for file in files), sha256=sha256)
+
+
+def heights_of(codes: Codes, path: Path) -> np.ndarray:
+    """The heights in a file, float64 (rows,). Raises InputError unless there is a finite one for each code."""
+    heights = read_heights(path)
+    if len(heights) != len(codes.k):
+        raise InputError(f"{path}: found {len(heights)} heights, expected one for each of {len(codes.k)} codes")
+    return heights
 
 
 def model_inputs(codes: Dataset | Codes, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -779,9 +785,7 @@ def load_trained(path: Path) -> keras.Model:
 def predict(inputs: Path, heights: Path | None, model: Path, output: Path) -> int:
     """Write the model's heights for the codes of a file, in their order; with true heights print each group's error."""
     codes = read_codes(inputs)
-    true = None if heights is None else read_heights(heights)
-    if true is not None and len(true) != len(codes.k):
-        raise InputError(f"{heights}: found {len(true)} heights, expected one for each of {len(codes.k)} codes")
+    true = None if heights is None else heights_of(codes, heights)
     predicted = predict_heights(load_trained(model), codes, np.arange(len(codes.k)))
     output.mkdir(parents=True, exist_ok=True)
     written = output / f"{inputs.stem}_predicted{'.csv' if inputs.suffix == '.npz' else '.pkl'}"
@@ -827,12 +831,12 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
     print(f"{dataset.source}: {len(dataset):,} rows, {dataset.repeats:,} of them repeat a code and m")
     print(split_text(describe_split(dataset, train_rows, val_rows)), flush=True)
 
+    settings.output.mkdir(parents=True, exist_ok=True)
     work = settings.output / "unfinished"
-    work.mkdir(parents=True, exist_ok=True)
     with only_run_in(settings.output):
         if fresh:
-            shutil.rmtree(work)
-            work.mkdir()
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(exist_ok=True)
         make_repeatable(settings.seed)
         model = build_model(fit_scaler(dataset.P[train_rows]))
         print(f"{model.count_params():,} parameters, {len(train_rows):,} rows an epoch", flush=True)
@@ -855,12 +859,13 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
 def only_run_in(folder: Path) -> Iterator[None]:
     """Hold a lock on the folder that ends with the process, however it ends. Raises InputError if another has it."""
     # SQLite's lock is the one in the standard library that works alike on every system.
-    lock = sqlite3.connect(folder / ".lock", timeout=0, isolation_level=None)
     try:
+        lock = sqlite3.connect(folder / ".lock", timeout=0, isolation_level=None)
         lock.execute("PRAGMA journal_mode = OFF")
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:
-        raise InputError(f"--output {folder}: another run is writing there ({error})") from None
+        problem = "another run is writing there" if "locked" in str(error) else f"cannot be written to: {error}"
+        raise InputError(f"--output {folder}: {problem}") from None
     try:
         yield
     finally:

@@ -460,7 +460,6 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> list[np.ndarray]:
     """The named arrays, all of numbers, all of the first one's length."""
-    arrays = []
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             held = file.files
@@ -504,9 +503,7 @@ def _codes_from_course(path: Path, rows) -> Codes:
             raise InputError(f"{where}: found (k, m) = ({_name(k)}, {_name(m)}), expected one of the nine groups")
         P = P.array if isinstance(P, _Array) else P
         if not isinstance(P, np.ndarray) or P.dtype.kind not in "iuf" or P.shape != (k, N - k):
-            raise InputError(
-                f"{where}: found P = {_name(P)}, expected an array of numbers of shape {(int(k), int(N - k))}"
-            )
+            raise InputError(f"{where}: found P = {_name(P)}, expected an array of numbers of shape {(k, N - k)}")
         parts.append((k, m, flatten(P[None].astype(np.float64))[0]))
     k, m, P = zip(*parts, strict=True) if parts else ((), (), ())
     return Codes(np.array(k, dtype=np.int64), np.array(m, dtype=np.int64), np.array(P).reshape(-1, P_WIDTH))

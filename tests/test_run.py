@@ -156,7 +156,7 @@ def test_an_output_path_that_is_a_file_is_refused(tmp_path, small_npz, capsys):
     (tmp_path / "file").write_text("mine")
     assert run5.main(["--data", str(small_npz), "--output", str(tmp_path / "file")]) == 2
     err = capsys.readouterr().err
-    assert "file/unfinished: Not a directory" in err and err.count("\n") == 1
+    assert "file: File exists" in err and err.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -167,7 +167,14 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, small_npz, mo
     monkeypatch.setattr(run5.Path, "mkdir", refuse)
     assert run5.main(["--data", str(small_npz), "--output", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
-    assert "out/unfinished: Permission denied" in err and err.count("\n") == 1
+    assert "out: Permission denied" in err and err.count("\n") == 1
+
+
+def test_a_folder_in_which_no_lock_can_be_made_is_refused(tmp_path, small_npz, capsys):
+    (tmp_path / ".lock").mkdir()
+    assert run5.main(["--data", str(small_npz), "--output", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "cannot be written to: unable to open database file" in err and err.count("\n") == 1
 
 
 def test_a_second_ctrl_c_ends_with_one_line(monkeypatch, capsys):
