@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -27,18 +28,21 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 # TensorFlow reports a missing GPU as an error. What is an error to us is raised as an exception.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# TensorFlow leaves oneDNN's matrix products off where a processor has no AVX-512, though they halve a step there too.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import keras
 import numpy as np
 import pandas as pd
-from keras import layers
+from keras import layers, ops
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
 from sklearn.model_selection import StratifiedShuffleSplit
@@ -52,7 +56,11 @@ from data.prepare import (
     N,
     OneLineParser,
     code_keys,
+    cramer_table,
     label,
+    make_dataset,
+    minor_order,
+    minor_tables,
     npz_bytes,
     read_codes,
     read_heights,
@@ -112,9 +120,13 @@ class Settings:
         "dataset: npz with k, m, P, height, or two files in the course's format (codes, heights), or their folder",
     )
     output: Path = setting(HERE / "run_5", "folder for the results")
+    features: str = setting(
+        "basis", "what the network sees of P: basis, norms of its code's bases; raw, its 20 numbers"
+    )
+    drawn: int = setting(4, "codes drawn for training beside each training row of the dataset; an epoch stays as long")
     epochs: int = setting(250, "passes over the training rows, at most")
     batch_size: int = setting(256, "rows in one optimizer step")
-    seed: int = setting(42, "seed of the split, the initial weights, the order of the rows and dropout")
+    seed: int = setting(42, "seed of the split, the drawn codes, the initial weights, the order of the rows, dropout")
     val_fraction: float = setting(0.15, "share of each (k, m) group that is held out")
     learning_rate: float = setting(1e-3, "AdamW's rate at the start")
     weight_decay: float = setting(1e-4, "AdamW's decoupled weight decay")
@@ -129,9 +141,11 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected 1 or more")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("drawn", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected {least} or more")
+        if self.features not in FEATURES:
+            raise InputError(f"--features: found {self.features}, expected {' or '.join(FEATURES)}")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed: found {self.seed}, expected 0 to 2^32 - 1")
 
@@ -154,13 +168,18 @@ class Dataset:
         return len(self.height)
 
     @cached_property
-    def code(self) -> np.ndarray:
-        """A number for each row's code, int64 (rows,): equal where the codes are, up to permutations and signs."""
+    def key(self) -> np.ndarray:
+        """The code_keys of the rows, (rows,): equal where the codes are, up to permutations and signs."""
         keys = np.empty(len(self), dtype="S32")
         for k in np.unique(self.k):
             rows = self.k == k
             keys[rows] = code_keys(unflatten(self.P[rows], k))
-        return np.unique(keys, return_inverse=True)[1]
+        return keys
+
+    @cached_property
+    def code(self) -> np.ndarray:
+        """A number for each row's code, int64 (rows,): equal where the keys are."""
+        return np.unique(self.key, return_inverse=True)[1]
 
     @cached_property
     def group(self) -> np.ndarray:
@@ -274,6 +293,24 @@ def split_dataset(dataset: Dataset, val_fraction: float = 0.15, seed: int = 42) 
     return np.flatnonzero(~in_val), np.flatnonzero(in_val)
 
 
+def add_drawn(dataset: Dataset, train_rows: np.ndarray, drawn: int, seed: int) -> tuple[Dataset, np.ndarray]:
+    """The dataset with further codes after its rows, and the training rows with theirs.
+
+    For each training row `drawn` codes come from the distribution of data/prepare.py, equally many for each group, with
+    exact heights. Those that the dataset has already, on either side and with whatever m, are left out.
+    """
+    rows_per_group = drawn * len(train_rows) // len(GROUPS)
+    if not rows_per_group:
+        return dataset, train_rows
+    more = Dataset(**make_dataset(rows_per_group, seed))
+    new = ~np.isin(more.key, dataset.key)
+    both = {
+        name: np.concatenate([getattr(dataset, name), getattr(more, name)[new]]) for name in ("k", "m", "P", "height")
+    }
+    pool = Dataset(**both, source=dataset.source, sha256=dataset.sha256)
+    return pool, np.concatenate([train_rows, np.arange(len(dataset), len(pool))])
+
+
 def describe_split(dataset: Dataset, train_rows: np.ndarray, val_rows: np.ndarray) -> list[dict]:
     """Rows and distinct codes of each group on either side. Raises RuntimeError when a code is on both."""
     shared = np.intersect1d(dataset.code[train_rows], dataset.code[val_rows])
@@ -289,13 +326,137 @@ def describe_split(dataset: Dataset, train_rows: np.ndarray, val_rows: np.ndarra
     return table
 
 
+# --- input ----------------------------------------------------------------------------------------------------------
+
+
+class CoordinateTables(NamedTuple):
+    """For one k, where what belongs to a coordinate stands, a row for each of the N coordinates."""
+
+    without: np.ndarray  # pairs (B, a) of cramer_table, by a: shape (N, C(N - 1, k))
+    within: (
+        np.ndarray
+    )  # bases that contain the coordinate, in the order of itertools.combinations: (N, C(N - 1, k - 1))
+
+
+@lru_cache
+def coordinate_tables(k: int) -> CoordinateTables:
+    bases = list(itertools.combinations(range(N), k))
+    outside = np.array([a for basis in bases for a in range(N) if a not in basis])
+    without = [np.flatnonzero(outside == a) for a in range(N)]
+    within = [[i for i, basis in enumerate(bases) if a in basis] for a in range(N)]
+    return CoordinateTables(np.array(without), np.array(within))
+
+
+@keras.saving.register_keras_serializable("m_height")
+class BasisNorms(layers.Layer):
+    """The code seen from each of its bases (information sets) at a time. A layer without weights.
+
+    For a basis B and a coordinate a outside it let M[B, a] = || G_B^-1 g_a ||_1, the largest |c_a| over the codewords c
+    that stay within 1 on B, and rho_B = max over a of M[B, a]. By Cramer's rule M[B, a] is the sum over j in B of
+    |D(B - j + a)|, divided by |D(B)|, with D the maximal minors of G (see data/prepare.py). Neither changes when rows
+    or columns of P are permuted or change sign, but for which B and a it belongs to; what is returned forgets that:
+
+      126      log2 rho_B of all bases, sorted, the largest first, padded with 0 where there are fewer,
+      9 x 24   for each coordinate a, quantiles of log2 M[B, a] over the bases without a,
+      9 x 16   for each coordinate a, quantiles of log2 rho_B over the bases with a,
+
+    the coordinates of either block ordered by their mean. Logs lie within LOG2_RANGE; a singular basis has its upper
+    end. How bases combine to a height, a max-min over sets of them, is not done here.
+
+    Called with k, integers of shape (batch, 1), and P_matrix, float64 of shape (batch, 20). Returns float32 of shape
+    (batch, 486). Minors are float64 whatever the precision policy: they reach 2.4e9 while one of 1 can decide.
+    """
+
+    LOG2_RANGE = (-10.0, 32.0)
+    RHO, WITHOUT, WITHIN = 126, 24, 16
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options | {"dtype": "float64"})
+
+    def call(self, k, P_matrix):
+        P_matrix = ops.cast(P_matrix, "float64")
+        parts = []
+        for value in sorted({k for k, _ in GROUPS}):
+            # A batch that has no code of this k is spared its minors.
+            chosen = ops.equal(k, value)
+            work, nothing = partial(self.of_dimension, P_matrix, value), partial(self.zeros, P_matrix)
+            parts.append(ops.where(chosen, ops.cond(ops.any(chosen), work, nothing), 0.0))
+        return sum(parts)
+
+    def compute_output_spec(self, k, P_matrix):
+        return keras.KerasTensor((P_matrix.shape[0], self.RHO + N * (self.WITHOUT + self.WITHIN)), "float32")
+
+    def zeros(self, P):
+        return ops.zeros((ops.shape(P)[0], self.RHO + N * (self.WITHOUT + self.WITHIN)), "float32")
+
+    def of_dimension(self, P, k: int):
+        """The whole view, float32 (batch, 486), as if every row had this k."""
+        norms = self.log2_norms(P, k)
+        rho = ops.max(ops.reshape(norms, (-1, N - k, ops.shape(P)[0])), axis=1)
+        falling = -ops.sort(-ops.transpose(rho))
+        tables = coordinate_tables(k)
+        parts = [
+            ops.pad(falling, ((0, 0), (0, self.RHO - math.comb(N, k)))),
+            self.by_coordinate(norms, tables.without, self.WITHOUT),
+            self.by_coordinate(rho, tables.within, self.WITHIN),
+        ]
+        return ops.concatenate(parts, axis=1)
+
+    def log2_norms(self, P, k: int):
+        """log2 M[B, a], float32 (pairs, batch), in the order of cramer_table(N, k)."""
+        entries = ops.transpose(P[:, : k * (N - k)])
+        orders = [ops.ones_like(entries[:1]), entries]
+        for entry, sub in minor_tables(k, N - k):
+            terms = [
+                ops.take(entries, e, axis=0) * ops.take(orders[-1], s, axis=0)
+                for e, s in zip(entry.T, sub.T, strict=True)
+            ]
+            orders.append(sum(terms[::2]) - sum(terms[1::2]))
+        minors = ops.abs(ops.take(ops.concatenate(orders), minor_order(k, N - k), axis=0))
+        base, swap = cramer_table(N, k)
+        above, below = sum(ops.take(minors, row, axis=0) for row in swap), ops.take(minors, base, axis=0)
+        least, most = (2.0**end for end in self.LOG2_RANGE)
+        # Where both are 0 the coordinate says nothing about a singular basis, which counts as singular all the same.
+        ratio = ops.where(below > 0, above / ops.where(below > 0, below, 1.0), most)
+        return ops.log2(ops.cast(ops.clip(ratio, least, most), "float32"))
+
+    def by_coordinate(self, values, table: np.ndarray, quantiles: int):
+        """Even order statistics of values, (rows, batch), for each row of the table: (batch, 9 x quantiles)."""
+        rows = ops.reshape(ops.take(values, table.ravel(), axis=0), (*table.shape, -1))
+        ranked = ops.sort(ops.transpose(rows, (2, 0, 1)))
+        picked = ops.take(ranked, np.rint(np.linspace(0, table.shape[1] - 1, quantiles)).astype(int), axis=2)
+        # In float64, so that coordinates tie only if they are alike, and their names do not matter.
+        order = ops.argsort(ops.mean(ops.cast(picked, "float64"), axis=2))
+        return ops.reshape(ops.take_along_axis(picked, order[:, :, None], axis=1), (-1, N * quantiles))
+
+
+@keras.saving.register_keras_serializable("m_height")
+class RawP(layers.Layer):
+    """The 20 numbers of P as they are. Called as BasisNorms; returns float32 of shape (batch, 20)."""
+
+    def call(self, k, P_matrix):
+        return ops.cast(P_matrix, "float32")
+
+    def compute_output_spec(self, k, P_matrix):
+        return keras.KerasTensor(P_matrix.shape, "float32")
+
+
+FEATURES = {"basis": BasisNorms, "raw": RawP}
+
+
+@keras.saving.register_keras_serializable("m_height")
+def within_eight(x):
+    """Scaled inputs, kept within 8 standard deviations, so that a singular basis does not outweigh the rest."""
+    return ops.clip(x, -8.0, 8.0)
+
+
 # --- model ----------------------------------------------------------------------------------------------------------
 
 
 @keras.saving.register_keras_serializable("m_height")
 def power_of_two(x):
     """2^x: from log2 height to height."""
-    return keras.ops.power(2.0, x)
+    return ops.power(2.0, x)
 
 
 def dense_block(x, units: int, dropout: float = 0.0):
@@ -311,24 +472,34 @@ def residual_block(x, units: int, dropout: float):
     return layers.Add()([dense_block(inner, units), x])
 
 
-def fit_scaler(P: np.ndarray) -> layers.Layer:
-    """The layer that brings each of the 20 numbers of P, shape (rows, 20), to mean 0 and variance 1 over these rows."""
-    scaler = StandardScaler().fit(P)
-    return layers.Normalization(mean=scaler.mean_.tolist(), variance=scaler.scale_**2, name="P_scaled")
+def see(codes: Dataset | Codes, features: str) -> np.ndarray:
+    """What the network sees of P, float32 (rows, width): made once for all epochs."""
+    k, P_matrix = layers.Input((1,), dtype="int32"), layers.Input((P_WIDTH,), dtype="float64")
+    view = keras.Model([k, P_matrix], FEATURES[features]()(k, P_matrix))
+    by_k = np.argsort(codes.k, kind="stable")
+    seen = view.predict([codes.k[by_k, None], codes.P[by_k]], batch_size=PREDICTION_BATCH, verbose=0)
+    return seen[np.argsort(by_k)]
 
 
-def build_model(scaler: layers.Layer) -> keras.Model:
-    """The Run 5 network, from raw n, k, m, each of shape (batch, 1), and P_matrix, (batch, 20), to heights, (batch, 1).
+def fit_scaler(seen: np.ndarray) -> layers.Layer:
+    """The layer that brings each column of `seen`, shape (rows, width), to mean 0 and variance 1 over these rows."""
+    scaler = StandardScaler().fit(seen)
+    return layers.Normalization(mean=scaler.mean_.tolist(), variance=(scaler.scale_**2).tolist(), name="P_scaled")
 
-    P_matrix holds the rows of P one after the other, padded with zeros. The layer named log2_height gives the log2 of
-    the height, which training works on.
+
+def build_network(width: int, scaler: layers.Layer) -> keras.Model:
+    """The Run 5 network, which is what is trained.
+
+    Takes n, k, m, each of shape (batch, 1), and P_seen, what it sees of P, (batch, width). Gives log2 heights, (batch,
+    1).
     """
     n, k, m = (layers.Input((1,), name=name, dtype="int32") for name in ("n", "k", "m"))
-    P_matrix = layers.Input((P_WIDTH,), name="P_matrix")
+    P_seen = layers.Input((width,), name="P_seen")
+    P_scaled = layers.Activation(within_eight)(scaler(P_seen))
 
     k_embedded = layers.Reshape((32,))(layers.Embedding(7, 32, name="k_embedding")(k))
     m_embedded = layers.Reshape((32,))(layers.Embedding(6, 32, name="m_embedding")(m))
-    P_processed = dense_block(scaler(P_matrix), 256, dropout=0.3)
+    P_processed = dense_block(P_scaled, 256, dropout=0.3)
     P_processed = dense_block(P_processed, 512, dropout=0.2)
 
     x = layers.Concatenate()([n, k_embedded, m_embedded, P_processed])
@@ -339,14 +510,19 @@ def build_model(scaler: layers.Layer) -> keras.Model:
     x = dense_block(x, 256, dropout=0.1)
     x = dense_block(x, 128, dropout=0.1)
     x = layers.Dense(1)(x)
-    log2_height = layers.Activation("softplus", name="log2_height")(x)
-    height = layers.Activation(power_of_two, name="height")(log2_height)
-    return keras.Model([n, k, m, P_matrix], height, name="run5")
+    log2_height = layers.Activation("softplus")(x)
+    return keras.Model([n, k, m, P_seen], log2_height, name="log2_height")
 
 
-def log2_view(model: keras.Model) -> keras.Model:
-    """The same network, sharing its weights, ending at log2 height, shape (batch, 1)."""
-    return keras.Model(model.inputs, model.get_layer("log2_height").output, name="run5_log2")
+def height_model(network: keras.Model, features: str) -> keras.Model:
+    """The model that is saved: from raw n, k, m, (batch, 1), and P_matrix, (batch, 20), to heights, (batch, 1).
+
+    P_matrix holds the rows of P one after the other, padded with zeros. The weights are those of the network.
+    """
+    n, k, m = (layers.Input((1,), name=name, dtype="int32") for name in ("n", "k", "m"))
+    P_matrix = layers.Input((P_WIDTH,), name="P_matrix", dtype="float64")
+    log2_height = network([n, k, m, FEATURES[features](name="P_seen")(k, P_matrix)])
+    return keras.Model([n, k, m, P_matrix], layers.Activation(power_of_two, name="height")(log2_height), name="run5")
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -357,17 +533,26 @@ def lr_schedule(epoch: int, lr: float, constant_epochs: int = 10, decay: float =
     return lr if epoch < constant_epochs else lr * decay
 
 
-def batches(dataset: Dataset, rows: np.ndarray, settings: Settings, first_epoch: int = 0) -> Iterator[tuple]:
-    """Endless (inputs, log2 heights, weights), epoch after epoch, every row once an epoch.
+def network_inputs(dataset: Dataset, seen: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """What the network takes for these rows, by input name: n, k, m of shape (rows, 1), P_seen (rows, width)."""
+    inputs = model_inputs(dataset, rows)
+    del inputs["P_matrix"]
+    return inputs | {"P_seen": seen[rows]}
+
+
+def batches(
+    dataset: Dataset, seen: np.ndarray, rows: np.ndarray, rows_an_epoch: int, settings: Settings, first_epoch: int = 0
+) -> Iterator[tuple]:
+    """Endless (inputs, log2 heights, weights), epoch after epoch, `rows_an_epoch` of the rows in each, none twice.
 
     The order of an epoch follows from the seed and the epoch alone, so a resumed run sees what it would have seen.
     """
     weight = np.array([settings.group_weights[group] for group in GROUPS], dtype=np.float32)[dataset.group]
     for epoch in itertools.count(first_epoch):
-        order = np.random.default_rng([settings.seed, epoch]).permutation(rows)
+        order = np.random.default_rng([settings.seed, epoch]).permutation(rows)[:rows_an_epoch]
         for start in range(0, len(order), settings.batch_size):
             batch = order[start : start + settings.batch_size]
-            yield model_inputs(dataset, batch), dataset.log2_height[batch, None], weight[batch]
+            yield network_inputs(dataset, seen, batch), dataset.log2_height[batch, None], weight[batch]
 
 
 class BestModel(keras.callbacks.ModelCheckpoint):
@@ -482,7 +667,7 @@ class Journal(keras.callbacks.Callback):
             "seconds": self.seconds,
             "finished": self.finished,
         }
-        values = {f"v{i}": keras.ops.convert_to_numpy(v) for i, v in enumerate(self.variables())}
+        values = {f"v{i}": ops.convert_to_numpy(v) for i, v in enumerate(self.variables())}
         write_whole(self.path, npz_bytes(np.savez, journal=np.array(json.dumps(kept)), **values))
         if self.stop_asked:
             self.model.stop_training = True
@@ -539,13 +724,14 @@ def make_repeatable(seed: int) -> None:
         tf.config.experimental.enable_op_determinism()
 
 
-def train(model, dataset, train_rows, val_rows, settings: Settings, work: Path) -> Journal:
+def train(model, dataset, seen, train_rows, rows_an_epoch: int, val_rows, settings: Settings, work: Path) -> Journal:
     """Train to the early stop or the last epoch; the best model so far is work/best_model.h5.
 
-    Goes on with the run that work/journal.npz holds, if there is one. Ctrl-C ends the run after the epoch, a second
-    one at once. Returns the journal.
+    model: as from height_model; seen: what its network sees of the dataset's P. Goes on with the run that
+    work/journal.npz holds, if there is one. Ctrl-C ends the run after the epoch, a second one at once. Returns the
+    journal.
     """
-    network = log2_view(model)
+    network = model.get_layer("log2_height")
     network.compile(
         optimizer=keras.optimizers.AdamW(
             settings.learning_rate, weight_decay=settings.weight_decay, clipnorm=settings.clipnorm
@@ -570,11 +756,11 @@ def train(model, dataset, train_rows, val_rows, settings: Settings, work: Path) 
     schedule = partial(lr_schedule, constant_epochs=settings.constant_epochs, decay=settings.decay)
     with ends_after_the_epoch(journal):
         network.fit(
-            batches(dataset, train_rows, settings, first_epoch),
-            steps_per_epoch=int(np.ceil(len(train_rows) / settings.batch_size)),
+            batches(dataset, seen, train_rows, rows_an_epoch, settings, first_epoch),
+            steps_per_epoch=math.ceil(rows_an_epoch / settings.batch_size),
             initial_epoch=first_epoch,
             epochs=settings.epochs,
-            validation_data=(model_inputs(dataset, val_rows), dataset.log2_height[val_rows, None]),
+            validation_data=(network_inputs(dataset, seen, val_rows), dataset.log2_height[val_rows, None]),
             validation_batch_size=PREDICTION_BATCH,
             callbacks=[keras.callbacks.LearningRateScheduler(schedule), *remembering, Progress(), journal],
             shuffle=False,
@@ -627,18 +813,23 @@ def compare(dataset: Dataset, rows, predicted: np.ndarray, published: pd.DataFra
 
 
 def describe_results(
-    dataset: Dataset, train_rows, val_rows, predicted: np.ndarray, published, journal: Journal, settings: Settings
+    dataset, pool, train_rows, val_rows, predicted: np.ndarray, published, journal: Journal, settings: Settings
 ) -> dict:
-    """All figures of the run, as they go to metrics.json; what differs between equal runs is under "times"."""
+    """All figures of the run, as they go to metrics.json; what differs between equal runs is under "times".
+
+    pool: the dataset with the drawn codes after its rows. predicted: log2 heights of the validation rows.
+    """
     groups, tiers = compare(dataset, val_rows, predicted, published)
     return {
         "dataset": {"file": dataset.source, "sha256": dataset.sha256, "rows": len(dataset), "repeats": dataset.repeats},
-        "split": describe_split(dataset, train_rows, val_rows),
+        "drawn_rows": len(pool) - len(dataset),
+        "rows_an_epoch": len(dataset) - len(val_rows),
+        "split": describe_split(pool, train_rows, val_rows),
         "distinct_codes": {
-            "all": len(np.unique(dataset.code)),
-            "train": len(np.unique(dataset.code[train_rows])),
-            "val": len(np.unique(dataset.code[val_rows])),
-            "on_both_sides": len(np.intersect1d(dataset.code[train_rows], dataset.code[val_rows])),
+            "all": len(np.unique(pool.code)),
+            "train": len(np.unique(pool.code[train_rows])),
+            "val": len(np.unique(pool.code[val_rows])),
+            "on_both_sides": len(np.intersect1d(pool.code[train_rows], pool.code[val_rows])),
         },
         "settings": describe_run(dataset, settings),
         "epochs_run": len(journal.history),
@@ -679,7 +870,8 @@ def report_text(results: dict) -> str:
         "rows": f"{results['dataset']['rows']:,}, {results['dataset']['repeats']:,} of them repeat a code and m",
         "distinct codes": f"{codes['all']:,}: {codes['train']:,} training, {codes['val']:,} validation, "
         f"{codes['on_both_sides']} on both sides",
-        "input": "the 20 numbers of P, scaled on training rows",
+        "drawn codes": f"{results['drawn_rows']:,} more for training; an epoch takes {results['rows_an_epoch']:,} rows",
+        "input": f"{INPUT_NOTE[run['features']]}, scaled on training rows",
         "parameters": f"{results['parameters']:,}",
         "seed, batch": f"{run['seed']}, {run['batch_size']}",
         "versions": ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
@@ -708,6 +900,8 @@ def report_text(results: dict) -> str:
     lines += ["", COLUMNS_NOTE, "", split_text(results["split"])]
     return "\n".join(lines) + "\n"
 
+
+INPUT_NOTE = {"basis": "norms of the code's bases (--features basis)", "raw": "the 20 numbers of P (--features raw)"}
 
 COLUMNS_NOTE = """\
 The Run 2 and Run 4 columns are figures as published, not measured here. They come from another dataset and from a
@@ -803,11 +997,11 @@ def predict(inputs: Path, heights: Path | None, model: Path, output: Path) -> in
 # --- main -----------------------------------------------------------------------------------------------------------
 
 
-def write_results(dataset: Dataset, train_rows, val_rows, published, journal, settings: Settings, work: Path) -> str:
+def write_results(dataset, pool, train_rows, val_rows, published, journal, settings: Settings, work: Path) -> str:
     """Make all results in `work`, then move them to the output folder one by one. Returns the report."""
     model = load_trained(work / "best_model.h5")
     predicted = np.log2(predict_heights(model, dataset, val_rows))
-    results = describe_results(dataset, train_rows, val_rows, predicted, published, journal, settings)
+    results = describe_results(dataset, pool, train_rows, val_rows, predicted, published, journal, settings)
     report = report_text(results)
     staged = work / "results"
     staged.mkdir(exist_ok=True)
@@ -827,9 +1021,10 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
     dataset = load_dataset(*settings.data)
     if not trust_labels:
         check_labels(dataset)
-    train_rows, val_rows = split_dataset(dataset, settings.val_fraction, settings.seed)
+    own_rows, val_rows = split_dataset(dataset, settings.val_fraction, settings.seed)
     print(f"{dataset.source}: {len(dataset):,} rows, {dataset.repeats:,} of them repeat a code and m")
-    print(split_text(describe_split(dataset, train_rows, val_rows)), flush=True)
+    pool, train_rows = add_drawn(dataset, own_rows, settings.drawn, settings.seed)
+    print(split_text(describe_split(pool, train_rows, val_rows)), flush=True)
 
     settings.output.mkdir(parents=True, exist_ok=True)
     work = settings.output / "unfinished"
@@ -838,9 +1033,11 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(exist_ok=True)
         make_repeatable(settings.seed)
-        model = build_model(fit_scaler(dataset.P[train_rows]))
-        print(f"{model.count_params():,} parameters, {len(train_rows):,} rows an epoch", flush=True)
-        journal = train(model, dataset, train_rows, val_rows, settings, work)
+        seen = see(pool, settings.features)
+        network = build_network(seen.shape[1], fit_scaler(seen[train_rows]))
+        model = height_model(network, settings.features)
+        print(f"{model.count_params():,} parameters, {len(own_rows):,} rows an epoch", flush=True)
+        journal = train(model, pool, seen, train_rows, len(own_rows), val_rows, settings, work)
         if journal.diverged:
             print(
                 f"the loss became NaN or infinite in epoch {len(journal.history) + 1}: look for extreme heights in the "
@@ -848,7 +1045,7 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
                 file=sys.stderr,
             )
             return 1
-        report = write_results(dataset, train_rows, val_rows, published, journal, settings, work)
+        report = write_results(dataset, pool, train_rows, val_rows, published, journal, settings, work)
         if not journal.interrupted:
             shutil.rmtree(work)
     print(f"\n{report}\nresults are in {settings.output}")
@@ -877,7 +1074,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, Namesp
     """The settings, and what is asked for beside them: fresh, trust_labels, predict, heights, model."""
     parser = OneLineParser(description="Train the Run 5 model and compare it with Run 2 and Run 4, or predict with it.")
     for option in fields(Settings):
-        if option.name in ("data", "output", "epochs", "batch_size", "seed"):
+        if option.name in ("data", "output", "features", "drawn", "epochs", "batch_size", "seed"):
             default, about = option.default_factory(), {"type": option.type}
             shown = default
             if option.name == "data":

@@ -71,7 +71,7 @@ REAL_ENTRY_MIN, REAL_ENTRY_MAX = 1e-50, 1e50
 
 
 @lru_cache
-def _minor_tables(k: int, r: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def minor_tables(k: int, r: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Laplace expansion of all square minors of a (k, r) matrix, one order after the other.
 
     For each order from 2 on: (entry, sub), integer arrays of shape (minors of this order, order). The minor is the
@@ -89,7 +89,7 @@ def _minor_tables(k: int, r: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 @lru_cache
-def _minor_order(k: int, r: int) -> np.ndarray:
+def minor_order(k: int, r: int) -> np.ndarray:
     """Where each maximal minor of G stands among 1 and the minors of P sorted by order, then rows, then columns.
 
     Shape (C(k + r, k),), for the sets of k columns of G in the order of itertools.combinations. With the columns A of
@@ -134,7 +134,7 @@ def _fraction_det(rows: list[list[Fraction]]) -> Fraction:
 
 def _abs_minors(entries: np.ndarray, k: int, r: int) -> np.ndarray:
     """|maximal minors of G|, shape (C(k + r, k), batch), from entries of P of shape (k * r, batch)."""
-    tables, order = _minor_tables(k, r), _minor_order(k, r)
+    tables, order = minor_tables(k, r), minor_order(k, r)
     one = np.ones((1, entries.shape[1]))
     minors = np.abs(np.concatenate([one, *_expand(entries, tables, -1)])[order])
     largest = np.abs(entries).max(initial=1.0)
@@ -184,7 +184,7 @@ def minors(P: np.ndarray) -> np.ndarray:
     """
     P = _check_matrices(P)
     _, k, r = P.shape
-    out = np.empty((len(P), len(_minor_order(k, r))))
+    out = np.empty((len(P), len(minor_order(k, r))))
     for part, entries in _chunks(P):
         out[part] = _abs_minors(entries, k, r).T
     return out
@@ -194,7 +194,7 @@ def minors(P: np.ndarray) -> np.ndarray:
 
 
 @lru_cache
-def _cramer_table(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def cramer_table(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """For each pair (B, a), a outside B: the row of minor B, and those of the k minors B - j + a.
 
     Shapes (pairs,) and (k, pairs). Pairs run over the sets B in order, then over a in order.
@@ -236,7 +236,7 @@ def m_heights(P: np.ndarray, ms: Sequence[int]) -> np.ndarray:
     for column, m in enumerate(ms):
         columns.setdefault(n - m, []).append(column)
 
-    base, swap = _cramer_table(n, k)
+    base, swap = cramer_table(n, k)
     heights = np.empty((len(P), len(ms)))
     for part, entries in _chunks(P):
         D = _abs_minors(entries, k, r)
@@ -296,7 +296,7 @@ def code_keys(P: np.ndarray) -> np.ndarray:
 def _small_minors(P: np.ndarray) -> np.ndarray:
     """Absolute minors of P of order 1 and 2, shape (batch, number of them)."""
     _, k, r = P.shape
-    orders = _expand(P.reshape(len(P), k * r).T, _minor_tables(k, r)[:1], -1)
+    orders = _expand(P.reshape(len(P), k * r).T, minor_tables(k, r)[:1], -1)
     return np.abs(np.concatenate(orders)).T
 
 
