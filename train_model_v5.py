@@ -370,8 +370,8 @@ class BasisNorms(layers.Layer):
     LOG2_RANGE = (-10.0, 32.0)
     RHO, WITHOUT, WITHIN = 126, 24, 16
 
-    def __init__(self, **options) -> None:
-        super().__init__(**options | {"dtype": "float64"})
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs | {"dtype": "float64"})
 
     def call(self, k, P_matrix):
         P_matrix = ops.cast(P_matrix, "float64")

@@ -19,14 +19,27 @@ def dataset(small_npz):
 
 
 @pytest.fixture(scope="module")
-def model(dataset):
-    return run5.build_model(run5.fit_scaler(dataset.P))
+def seen(dataset):
+    return run5.see(dataset, "basis")
 
 
-def test_layers_are_those_of_the_design(model):
-    assert sum(int(np.prod(v.shape)) for v in model.trainable_variables) == 5_630_369
-    assert model.count_params() == 5_630_369
-    assert [x.name for x in model.inputs] == ["n", "k", "m", "P_matrix"]
+def built(seen, features="basis"):
+    return run5.height_model(run5.build_network(seen.shape[1], run5.fit_scaler(seen)), features)
+
+
+@pytest.fixture(scope="module")
+def model(seen):
+    return built(seen)
+
+
+@pytest.mark.parametrize(("features", "parameters"), [("raw", 5_630_369), ("basis", 5_630_369 + (486 - 20) * 256)])
+def test_layers_are_those_of_the_design(dataset, features, parameters):
+    whole = built(run5.see(dataset, features), features)
+    assert sum(int(np.prod(v.shape)) for v in whole.trainable_variables) == parameters
+    assert whole.count_params() == parameters
+    assert [x.name for x in whole.inputs] == ["n", "k", "m", "P_matrix"]
+    assert [x.name for x in whole.layers[4:]] == ["P_seen", "log2_height", "height"]
+    model = whole.get_layer("log2_height")
     of = {
         kind: [x for x in model.layers if type(x).__name__ == kind] for kind in ("Dense", "Embedding", "Dropout", "Add")
     }
@@ -39,10 +52,10 @@ def test_layers_are_those_of_the_design(model):
     assert not any(isinstance(x, keras.layers.Lambda) for x in model.layers)
 
 
-def test_height_is_two_to_the_softplus(model, dataset):
+def test_height_is_two_to_the_softplus(model, dataset, seen):
     rows = np.arange(50)
     heights = model.predict(run5.model_inputs(dataset, rows), verbose=0)
-    log2 = run5.log2_view(model).predict(run5.model_inputs(dataset, rows), verbose=0)
+    log2 = model.get_layer("log2_height").predict(run5.network_inputs(dataset, seen, rows), verbose=0)
     assert heights.shape == (50, 1)
     assert (log2 >= 0).all() and (heights >= 1).all()
     np.testing.assert_allclose(np.log2(heights), log2, atol=1e-4)
@@ -83,24 +96,35 @@ def test_defaults_are_the_design():
     assert (settings.learning_rate, settings.weight_decay, settings.clipnorm) == (1e-3, 1e-4, 1.0)
     assert (settings.plateau_factor, settings.plateau_patience, settings.stop_patience) == (0.7, 15, 40)
     assert (settings.constant_epochs, settings.decay) == (10, 0.95)
+    assert (settings.features, settings.drawn) == ("basis", 4)
     assert not (asked.fresh or asked.trust_labels or asked.predict)
 
 
 def test_an_epoch_has_every_training_row_once_with_its_weight(dataset):
     settings = run5.Settings(batch_size=50)
     rows = np.arange(0, len(dataset), 2)
-    stream = run5.batches(dataset, rows, settings)
+    seen = dataset.P + 0.5
+    stream = run5.batches(dataset, seen, rows, len(rows), settings)
     first = [next(stream) for _ in range(4)]
     assert [len(target) for _, target, _ in first] == [50, 50, 50, 30]
-    P = np.concatenate([inputs["P_matrix"] for inputs, _, _ in first])
-    np.testing.assert_array_equal(np.unique(P, axis=0), np.unique(dataset.P[rows], axis=0))
+    P = np.concatenate([inputs["P_seen"] for inputs, _, _ in first])
+    np.testing.assert_array_equal(np.unique(P, axis=0), np.unique(seen[rows], axis=0))
     for inputs, target, weight in first:
         expected = [settings.group_weights[group] for group in zip(inputs["k"][:, 0], inputs["m"][:, 0], strict=True)]
         np.testing.assert_array_equal(weight, np.array(expected, dtype=np.float32))
         assert (inputs["n"] == 9).all() and target.shape == weight[:, None].shape
-    second, resumed = next(stream), next(run5.batches(dataset, rows, settings, first_epoch=1))
-    np.testing.assert_array_equal(second[0]["P_matrix"], resumed[0]["P_matrix"])
-    assert (second[0]["P_matrix"] != first[0][0]["P_matrix"]).any()
+    second, resumed = next(stream), next(run5.batches(dataset, seen, rows, len(rows), settings, first_epoch=1))
+    np.testing.assert_array_equal(second[0]["P_seen"], resumed[0]["P_seen"])
+    assert (second[0]["P_seen"] != first[0][0]["P_seen"]).any()
+
+
+def test_an_epoch_of_fewer_rows_takes_others_each_time_and_none_twice(dataset):
+    settings = run5.Settings(batch_size=50)
+    seen = np.arange(len(dataset))[:, None]
+    stream = run5.batches(dataset, seen, np.arange(300), 120, settings)
+    epochs = [np.concatenate([next(stream)[0]["P_seen"] for _ in range(3)]) for _ in range(30)]
+    assert all(len(epoch) == len(np.unique(epoch)) == 120 for epoch in epochs)
+    assert len(np.unique(epochs)) == 300 and set(epochs[0].flat) != set(epochs[1].flat)
 
 
 @pytest.fixture
@@ -116,8 +140,9 @@ def small_network(monkeypatch):
 def trained(dataset, tmp_path, **changes):
     settings = run5.Settings(output=tmp_path, **changes)
     train_rows, val_rows = run5.split_dataset(dataset)
-    model = run5.build_model(run5.fit_scaler(dataset.P[train_rows]))
-    return run5.train(model, dataset, train_rows, val_rows, settings, tmp_path)
+    seen = dataset.P.astype(np.float32)
+    model = run5.height_model(run5.build_network(20, run5.fit_scaler(seen[train_rows])), "raw")
+    return run5.train(model, dataset, seen, train_rows, len(train_rows), val_rows, settings, tmp_path)
 
 
 def test_plateau_cuts_stay_and_the_run_stops_early(dataset, tmp_path, small_network):

@@ -68,20 +68,25 @@ def test_scale_is_fitted_on_training_rows_alone(finished, small_npz):
     import keras
 
     dataset = run5.load_dataset(small_npz)
-    train_rows, _ = run5.split_dataset(dataset)
-    layer = keras.models.load_model(finished[1] / "best_model_run5.h5").get_layer("P_scaled")
-    np.testing.assert_allclose(np.ravel(layer.mean), dataset.P[train_rows].mean(axis=0), rtol=1e-5)
+    pool, train_rows = run5.add_drawn(dataset, run5.split_dataset(dataset)[0], 4, seed=42)
+    network = keras.models.load_model(finished[1] / "best_model_run5.h5").get_layer("log2_height")
+    expected = run5.see(pool, "basis")[train_rows].mean(axis=0)
+    np.testing.assert_allclose(np.ravel(network.get_layer("P_scaled").mean), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_report_says_what_was_run_and_how_it_compares(finished, metrics):
     process, output = finished
     report = (output / "detailed_comparison.txt").read_text()
     assert report.strip() in process.stdout
+    lost = 1224 - metrics["drawn_rows"]  # drawn, but already in the dataset
+    assert 0 <= lost < 20
     for said in (
         metrics["dataset"]["sha256"],
         "complete; 2 of at most 2 epochs, best epoch",
-        "360: 306 training, 54 validation, 0 on both sides",
-        "5,630,369",
+        f"{1584 - lost:,}: {1530 - lost:,} training, 54 validation, 0 on both sides",
+        f"{1224 - lost:,} more for training; an epoch takes 306 rows",
+        "norms of the code's bases (--features basis), scaled on training rows",
+        "5,749,665",
         "No code is on both sides.",
         "negative means that Run 5 has the smaller error",
         "not measured here",
@@ -109,6 +114,17 @@ def test_report_says_what_was_run_and_how_it_compares(finished, metrics):
     assert means["overall"]["run4"] == pytest.approx(0.531, abs=1e-3)
     easy = [row["run5"] for row in metrics["groups"] if (row["k"], row["m"]) in ((4, 2), (4, 3), (5, 2))]
     assert means["easy"]["run5"] == pytest.approx(np.mean(easy))
+
+
+def test_the_literal_20_numbers_and_no_drawn_codes_when_asked_for(tmp_path, small_npz):
+    arguments = ["--data", small_npz, "--output", tmp_path, "--epochs", "1", "--features", "raw", "--drawn", "0"]
+    process = run_script(*arguments)
+    assert process.returncode == 0, process.stderr
+    report = (tmp_path / "detailed_comparison.txt").read_text()
+    for said in ("the 20 numbers of P (--features raw)", "360: 306 training", "0 more for training", "5,630,369"):
+        assert said in report
+    process = run_script("--output", tmp_path, "--predict", small_npz)
+    assert process.returncode == 0, process.stderr
 
 
 def test_progress_is_one_line_an_epoch_when_output_is_no_terminal(finished):
@@ -141,6 +157,8 @@ def test_a_met_target_is_reported_as_met(finished, metrics):
         (["--epochs", "0"], "--epochs: found 0, expected 1 or more"),
         (["--batch-size", "-3"], "--batch-size: found -3, expected 1 or more"),
         (["--seed", "-1"], "--seed: found -1"),
+        (["--drawn", "-1"], "--drawn: found -1, expected 0 or more"),
+        (["--features", "minors"], "--features: found minors, expected basis or raw"),
         (["--data", "none.npz"], "none.npz: cannot be read: No such file"),
     ],
 )

@@ -1,0 +1,186 @@
+"""What the network sees of a code: the layer of basis norms, against NumPy's linear algebra, and the drawn codes."""
+
+from itertools import combinations
+
+import keras
+import numpy as np
+import pytest
+
+import train_model_v5 as run5
+from data.prepare import Codes, draw_codes, flatten, m_heights, minors
+
+KS = (4, 5, 6)
+SINGULAR = run5.BasisNorms.LOG2_RANGE[1]
+
+
+def seen(*matrices):
+    """The layer's output for matrices of any of the three shapes, in one batch."""
+    k = np.array([len(P) for P in matrices])
+    flat = np.concatenate([flatten(np.asarray(P, dtype=float)[None]) for P in matrices])
+    return np.asarray(run5.BasisNorms()(k[:, None], flat))
+
+
+def blocks(row):
+    """(sorted rho, quantiles of M without each coordinate, quantiles of rho with it) of one row of the output."""
+    return row[:126], row[126 : 126 + 216].reshape(9, 24), row[126 + 216 :].reshape(9, 16)
+
+
+def by_linear_algebra(P):
+    """The same three from the definition: log2 of || G_B^-1 g_a ||_1 with numpy.linalg.solve."""
+    k = len(P)
+    G = np.hstack([np.eye(k), P])
+    without, within, rho = [[] for _ in range(9)], [[] for _ in range(9)], []
+    for basis in combinations(range(9), k):
+        others = [a for a in range(9) if a not in basis]
+        norms = np.full(len(others), 2.0**SINGULAR)
+        if abs(np.linalg.det(G[:, basis])) > 0.5:
+            norms = np.abs(np.linalg.solve(G[:, basis], G[:, others])).sum(axis=0)
+        logs = np.log2(np.clip(norms, 2.0 ** run5.BasisNorms.LOG2_RANGE[0], 2.0**SINGULAR))
+        for a, log in zip(others, logs, strict=True):
+            without[a].append(log)
+        for a in basis:
+            within[a].append(logs.max())
+        rho.append(logs.max())
+    picked = []
+    for values, count in ((without, 24), (within, 16)):
+        rows = np.sort(np.array(values), axis=1)
+        rows = rows[:, np.rint(np.linspace(0, rows.shape[1] - 1, count)).astype(int)]
+        picked.append(rows[np.argsort(rows.mean(axis=1))])
+    return np.pad(np.sort(rho)[::-1], (0, 126 - len(rho))), *picked
+
+
+@pytest.mark.parametrize("k", KS)
+def test_basis_norms_are_those_of_linear_algebra(k):
+    rng = np.random.default_rng(k)
+    for largest in (1, 4, 100):
+        for P in rng.integers(-largest, largest + 1, size=(10, k, 9 - k)):
+            (row,) = seen(P)
+            for got, expected in zip(blocks(row), by_linear_algebra(P), strict=True):
+                # Coordinates whose means are equal may stand in either order, so each column is compared as a set.
+                axis = 0 if got.ndim == 2 else -1
+                np.testing.assert_allclose(np.sort(got, axis=axis), np.sort(expected, axis=axis), atol=1e-5)
+            norms, without, within = blocks(row)
+            assert (np.diff(norms[: 84 if k == 6 else 126]) <= 0).all()
+            assert (np.diff(without) >= 0).all() and (np.diff(within) >= 0).all()
+            assert (np.diff(without.mean(axis=1)) >= -1e-5).all() and (np.diff(within.mean(axis=1)) >= -1e-5).all()
+
+
+@pytest.mark.parametrize("k", KS)
+def test_every_singular_basis_is_told_from_a_small_minor(k):
+    rng = np.random.default_rng(k)
+    P = np.concatenate([draw_codes(rng, 300, k, 9 - k), rng.integers(-100, 101, size=(300, k, 9 - k))])
+    P[300:, :, 1] = P[300:, :, 0] + rng.integers(-1, 2, size=(300, k))
+    singular = (minors(P) == 0).sum(axis=1)
+    assert len(set(singular)) > 5
+    np.testing.assert_array_equal((seen(*P)[:, :126] == SINGULAR).sum(axis=1), singular)
+
+
+@pytest.mark.parametrize("k", KS)
+def test_the_largest_norm_is_the_height_where_m_is_n_minus_k(k):
+    P = draw_codes(np.random.default_rng(k), 200, k, 9 - k)
+    expected = np.minimum(np.log2(m_heights(P, [9 - k])[:, 0]), SINGULAR)
+    np.testing.assert_allclose(seen(*P)[:, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", KS)
+def test_permutations_and_signs_change_nothing(k):
+    rng = np.random.default_rng(k)
+    for P in draw_codes(rng, 30, k, 9 - k):
+        signs = rng.choice([-1, 1], size=k)[:, None] * rng.choice([-1, 1], size=9 - k)
+        same = (signs * P)[rng.permutation(k)][:, rng.permutation(9 - k)]
+        np.testing.assert_allclose(*seen(P, same), atol=1e-6)
+
+
+@pytest.mark.parametrize("k", KS)
+def test_another_systematic_form_of_the_code_looks_the_same(k):
+    rng = np.random.default_rng(k)
+    for P in rng.integers(-20, 21, size=(20, k, 9 - k)):
+        G = np.hstack([np.eye(k), P])
+        basis = sorted(rng.choice(9, size=k, replace=False))
+        if np.linalg.matrix_rank(G[:, basis]) < k:
+            continue
+        other = np.linalg.solve(G[:, basis], G[:, [a for a in range(9) if a not in basis]])
+        first, second = seen(P, other)
+        np.testing.assert_allclose(np.sort(blocks(first)[0]), np.sort(blocks(second)[0]), atol=1e-3)
+        for one, two in zip(blocks(first)[1:], blocks(second)[1:], strict=True):
+            np.testing.assert_allclose(np.sort(one, axis=0), np.sort(two, axis=0), atol=1e-3)
+
+
+def test_a_code_is_seen_alike_in_any_company():
+    rng = np.random.default_rng(0)
+    mixed = [draw_codes(rng, 1, KS[i % 3], 9 - KS[i % 3])[0] for i in range(12)]
+    together = seen(*mixed)
+    for P, row in zip(mixed, together, strict=True):
+        np.testing.assert_allclose(seen(P)[0], row, atol=1e-6)
+    assert (together[2::3, 84:126] == 0).all()
+
+
+def test_precision_policy_does_not_reach_into_the_layer():
+    P = np.random.default_rng(1).integers(-100, 101, size=(20, 4, 5))
+    expected = seen(*P)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        layer = run5.BasisNorms()
+        again = layer(np.full((20, 1), 4), flatten(P.astype(float)))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert layer.compute_dtype == "float64" and keras.backend.standardize_dtype(again.dtype) == "float32"
+    np.testing.assert_allclose(np.asarray(again), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("features", ["basis", "raw"])
+@pytest.mark.parametrize("suffix", ["h5", "keras"])
+def test_layer_is_saved_by_name_and_has_no_weights(features, suffix, small_npz, tmp_path):
+    dataset = run5.load_dataset(small_npz)
+    view = run5.see(dataset, features)
+    model = run5.height_model(run5.build_network(view.shape[1], run5.fit_scaler(view)), features)
+    assert model.get_layer("P_seen").weights == []
+    model.save(tmp_path / f"model.{suffix}")
+    again = keras.models.load_model(tmp_path / f"model.{suffix}")
+    assert type(again.get_layer("P_seen")) is run5.FEATURES[features]
+    inputs = run5.model_inputs(dataset, np.arange(len(dataset)))
+    np.testing.assert_array_equal(again.predict(inputs, verbose=0), model.predict(inputs, verbose=0))
+
+
+def test_what_the_network_sees_is_in_the_order_of_the_rows(small_npz):
+    dataset = run5.load_dataset(small_npz)
+    order = np.random.default_rng(0).permutation(len(dataset))
+    mixed = Codes(dataset.k[order], dataset.m[order], dataset.P[order])
+    np.testing.assert_allclose(run5.see(mixed, "basis"), run5.see(dataset, "basis")[order], atol=1e-6)
+    np.testing.assert_array_equal(run5.see(mixed, "raw"), mixed.P)
+
+
+def test_drawn_codes_are_new_labelled_exactly_and_follow_from_the_seed(small_npz):
+    dataset = run5.load_dataset(small_npz)
+    train_rows, val_rows = run5.split_dataset(dataset)
+    pool, rows = run5.add_drawn(dataset, train_rows, 4, seed=42)
+    drawn = np.arange(len(dataset), len(pool))
+    for name in ("k", "m", "P", "height"):
+        np.testing.assert_array_equal(getattr(pool, name)[: len(dataset)], getattr(dataset, name))
+    np.testing.assert_array_equal(rows, [*train_rows, *drawn])
+    assert 0.99 * 4 * len(train_rows) < len(drawn) <= 4 * len(train_rows)
+    assert np.ptp(np.bincount(pool.group[drawn])) <= 0.02 * len(drawn)
+    assert not np.intersect1d(pool.code[drawn], pool.code[: len(dataset)]).size
+    assert sum(row["val_rows"] for row in run5.describe_split(pool, rows, val_rows)) == len(val_rows)
+    run5.check_labels(pool)
+    np.testing.assert_array_equal(run5.add_drawn(dataset, train_rows, 4, seed=42)[0].P, pool.P)
+    assert (run5.add_drawn(dataset, train_rows, 4, seed=43)[0].P[drawn[:100]] != pool.P[drawn[:100]]).any()
+
+
+def test_a_code_of_the_dataset_is_not_drawn_again(small_npz, monkeypatch):
+    dataset = run5.load_dataset(small_npz)
+    train_rows, val_rows = run5.split_dataset(dataset)
+    own = {name: getattr(dataset, name)[val_rows] for name in ("k", "m", "P", "height")}
+    fresh = run5.make_dataset(5, seed=8)
+    both = {name: np.concatenate([own[name], fresh[name]]) for name in own}
+    monkeypatch.setattr(run5, "make_dataset", lambda *_: both)
+    pool, rows = run5.add_drawn(dataset, train_rows, 1, seed=1)
+    assert len(pool) - len(dataset) == len(rows) - len(train_rows) == 45
+    np.testing.assert_array_equal(pool.P[len(dataset) :], fresh["P"])
+
+
+def test_without_drawn_codes_the_dataset_is_as_it_was(small_npz):
+    dataset = run5.load_dataset(small_npz)
+    pool, rows = run5.add_drawn(dataset, np.arange(50), 0, seed=1)
+    assert pool is dataset
+    np.testing.assert_array_equal(rows, np.arange(50))
