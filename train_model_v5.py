@@ -31,7 +31,6 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 from zipfile import BadZipFile
 
 # TensorFlow reports a missing GPU as an error. What is an error to us is raised as an exception.
@@ -329,46 +328,59 @@ def describe_split(dataset: Dataset, train_rows: np.ndarray, val_rows: np.ndarra
 # --- input ----------------------------------------------------------------------------------------------------------
 
 
-class CoordinateTables(NamedTuple):
-    """For one k, where what belongs to a coordinate stands, a row for each of the N coordinates."""
-
-    without: np.ndarray  # pairs (B, a) of cramer_table, by a: shape (N, C(N - 1, k))
-    within: (
-        np.ndarray
-    )  # bases that contain the coordinate, in the order of itertools.combinations: (N, C(N - 1, k - 1))
-
-
 @lru_cache
-def coordinate_tables(k: int) -> CoordinateTables:
+def coordinate_tables(k: int) -> tuple[np.ndarray, np.ndarray]:
+    """What belongs to each of the N coordinates a, a row for each, for codes of dimension k.
+
+    First where the pairs (B, a) stand in cramer_table, shape (N, C(N - 1, k)); then the numbers of the bases that
+    contain a, in the order of itertools.combinations, shape (N, C(N - 1, k - 1)).
+    """
     bases = list(itertools.combinations(range(N), k))
     outside = np.array([a for basis in bases for a in range(N) if a not in basis])
     without = [np.flatnonzero(outside == a) for a in range(N)]
     within = [[i for i, basis in enumerate(bases) if a in basis] for a in range(N)]
-    return CoordinateTables(np.array(without), np.array(within))
+    return np.array(without), np.array(within)
+
+
+@lru_cache
+def distance_tables(k: int) -> list[np.ndarray]:
+    """For d = 0, 1, ... a matrix of zeros and ones, float64 (bases, bases): one where d elements are exchanged."""
+    members = np.array([[a in basis for a in range(N)] for basis in itertools.combinations(range(N), k)], dtype=int)
+    exchanged = k - members @ members.T
+    return [(exchanged == d).astype(np.float64) for d in range(exchanged.max() + 1)]
 
 
 @keras.saving.register_keras_serializable("m_height")
 class BasisNorms(layers.Layer):
     """The code seen from each of its bases (information sets) at a time. A layer without weights.
 
-    For a basis B and a coordinate a outside it let M[B, a] = || G_B^-1 g_a ||_1, the largest |c_a| over the codewords c
-    that stay within 1 on B, and rho_B = max over a of M[B, a]. By Cramer's rule M[B, a] is the sum over j in B of
-    |D(B - j + a)|, divided by |D(B)|, with D the maximal minors of G (see data/prepare.py). Neither changes when rows
-    or columns of P are permuted or change sign, but for which B and a it belongs to; what is returned forgets that:
+    Let A = G_B^-1 G be the systematic form at a basis B. Of each A it takes, for coordinates a outside B,
 
-      126      log2 rho_B of all bases, sorted, the largest first, padded with 0 where there are fewer,
-      9 x 24   for each coordinate a, quantiles of log2 M[B, a] over the bases without a,
-      9 x 16   for each coordinate a, quantiles of log2 rho_B over the bases with a,
+      M[B, a]   the sum of the absolute entries of column a: the largest |c_a| over codewords c within 1 on B,
+      rho_B     the largest of these,
+      R_d[B]    for d = 2, 3, 4, the sum of A's absolute d x d minors divided by that of its (d - 1) x (d - 1) minors
+                (outside the unit matrix): how far codewords within 1 on B reach in a d-th direction, roughly.
 
-    the coordinates of either block ordered by their mean. Logs lie within LOG2_RANGE; a singular basis has its upper
-    end. How bases combine to a height, a max-min over sets of them, is not done here.
+    All of it comes from the maximal minors D of G by Cramer's rule: the d x d minors of A are D(B') / D(B) for the B'
+    that differ from B in d elements. Permuting rows or columns of P or changing their signs only changes which B and a
+    a number belongs to, and what is returned forgets that:
+
+      126       log2 rho_B of all bases, sorted, the largest first, padded with 0 where there are fewer,
+      9 x 24    for each coordinate a, quantiles of log2 M[B, a] over the bases without a,
+      9 x 16    for each coordinate a, quantiles of log2 rho_B over the bases with a,
+      3 x 126   log2 R_d[B] of all bases for d = 2, 3, 4, each sorted and padded as the first,
+
+    the coordinates of the second and third ordered by their mean. Logs lie within LOG2_RANGE; what is divided by 0, as
+    for a singular basis, has its upper end. How bases combine to a height, a max-min over sets of them, is not done
+    here.
 
     Called with k, integers of shape (batch, 1), and P_matrix, float64 of shape (batch, 20). Returns float32 of shape
-    (batch, 486). Minors are float64 whatever the precision policy: they reach 2.4e9 while one of 1 can decide.
+    (batch, 864). Minors are float64 whatever the precision policy: they reach 2.4e9 while one of 1 can decide.
     """
 
     LOG2_RANGE = (-10.0, 32.0)
-    RHO, WITHOUT, WITHIN = 126, 24, 16
+    BASES, WITHOUT, WITHIN, DISTANCES = 126, 24, 16, (2, 3, 4)
+    WIDTH = BASES + N * (WITHOUT + WITHIN) + len(DISTANCES) * BASES
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs | {"dtype": "float64"})
@@ -384,48 +396,58 @@ class BasisNorms(layers.Layer):
         return sum(parts)
 
     def compute_output_spec(self, k, P_matrix):
-        return keras.KerasTensor((P_matrix.shape[0], self.RHO + N * (self.WITHOUT + self.WITHIN)), "float32")
+        return keras.KerasTensor((P_matrix.shape[0], self.WIDTH), "float32")
 
     def zeros(self, P):
-        return ops.zeros((ops.shape(P)[0], self.RHO + N * (self.WITHOUT + self.WITHIN)), "float32")
+        return ops.zeros((ops.shape(P)[0], self.WIDTH), "float32")
 
     def of_dimension(self, P, k: int):
-        """The whole view, float32 (batch, 486), as if every row had this k."""
-        norms = self.log2_norms(P, k)
-        rho = ops.max(ops.reshape(norms, (-1, N - k, ops.shape(P)[0])), axis=1)
-        falling = -ops.sort(-ops.transpose(rho))
-        tables = coordinate_tables(k)
+        """The whole view, float32 (batch, 864), as if every row had this k."""
+        minors = self.minors(P, k)
+        base, swap = cramer_table(N, k)
+        norms = self.log2_ratio(sum(ops.take(minors, row, axis=0) for row in swap), ops.take(minors, base, axis=0))
+        rho = ops.max(ops.reshape(norms, (math.comb(N, k), N - k, -1)), axis=1)
+        without, within = coordinate_tables(k)
+        sums = [ops.matmul(table, minors) for table in distance_tables(k)]
+        nothing = ops.zeros_like(rho)
         parts = [
-            ops.pad(falling, ((0, 0), (0, self.RHO - math.comb(N, k)))),
-            self.by_coordinate(norms, tables.without, self.WITHOUT),
-            self.by_coordinate(rho, tables.within, self.WITHIN),
+            self.falling(rho),
+            self.by_coordinate(norms, without, self.WITHOUT),
+            self.by_coordinate(rho, within, self.WITHIN),
+            *[
+                self.falling(self.log2_ratio(sums[d], sums[d - 1]) if d < len(sums) else nothing)
+                for d in self.DISTANCES
+            ],
         ]
         return ops.concatenate(parts, axis=1)
 
-    def log2_norms(self, P, k: int):
-        """log2 M[B, a], float32 (pairs, batch), in the order of cramer_table(N, k)."""
+    def minors(self, P, k: int):
+        """Absolute maximal minors of G, float64 (bases, batch), by Laplace expansion as in data/prepare.py."""
         entries = ops.transpose(P[:, : k * (N - k)])
         orders = [ops.ones_like(entries[:1]), entries]
         for entry, sub in minor_tables(k, N - k):
-            terms = [
-                ops.take(entries, e, axis=0) * ops.take(orders[-1], s, axis=0)
-                for e, s in zip(entry.T, sub.T, strict=True)
-            ]
+            factors = zip(entry.T, sub.T, strict=True)
+            terms = [ops.take(entries, e, axis=0) * ops.take(orders[-1], s, axis=0) for e, s in factors]
             orders.append(sum(terms[::2]) - sum(terms[1::2]))
-        minors = ops.abs(ops.take(ops.concatenate(orders), minor_order(k, N - k), axis=0))
-        base, swap = cramer_table(N, k)
-        above, below = sum(ops.take(minors, row, axis=0) for row in swap), ops.take(minors, base, axis=0)
+        return ops.abs(ops.take(ops.concatenate(orders), minor_order(k, N - k), axis=0))
+
+    def log2_ratio(self, above, below):
+        """log2 of above / below, float32 of their shape, within LOG2_RANGE; its upper end where below is 0."""
         least, most = (2.0**end for end in self.LOG2_RANGE)
-        # Where both are 0 the coordinate says nothing about a singular basis, which counts as singular all the same.
         ratio = ops.where(below > 0, above / ops.where(below > 0, below, 1.0), most)
         return ops.log2(ops.cast(ops.clip(ratio, least, most), "float32"))
+
+    def falling(self, values):
+        """values, (bases, batch), sorted for each code, the largest first, and padded: (batch, 126)."""
+        ranked = -ops.sort(-ops.transpose(values))
+        return ops.pad(ranked, ((0, 0), (0, self.BASES - values.shape[0])))
 
     def by_coordinate(self, values, table: np.ndarray, quantiles: int):
         """Even order statistics of values, (rows, batch), for each row of the table: (batch, 9 x quantiles)."""
         rows = ops.reshape(ops.take(values, table.ravel(), axis=0), (*table.shape, -1))
         ranked = ops.sort(ops.transpose(rows, (2, 0, 1)))
         picked = ops.take(ranked, np.rint(np.linspace(0, table.shape[1] - 1, quantiles)).astype(int), axis=2)
-        # In float64, so that coordinates tie only if they are alike, and their names do not matter.
+        # The mean is in float64, so that only coordinates that are alike tie, and the order they came in is forgotten.
         order = ops.argsort(ops.mean(ops.cast(picked, "float64"), axis=2))
         return ops.reshape(ops.take_along_axis(picked, order[:, :, None], axis=1), (-1, N * quantiles))
 
@@ -476,14 +498,19 @@ def see(codes: Dataset | Codes, features: str) -> np.ndarray:
     """What the network sees of P, float32 (rows, width): made once for all epochs."""
     k, P_matrix = layers.Input((1,), dtype="int32"), layers.Input((P_WIDTH,), dtype="float64")
     view = keras.Model([k, P_matrix], FEATURES[features]()(k, P_matrix))
+    seen = np.empty((len(codes.k), view.output.shape[1]), dtype=np.float32)
     by_k = np.argsort(codes.k, kind="stable")
-    seen = view.predict([codes.k[by_k, None], codes.P[by_k]], batch_size=PREDICTION_BATCH, verbose=0)
-    return seen[np.argsort(by_k)]
+    for start in range(0, len(by_k), PREDICTION_BATCH):
+        rows = by_k[start : start + PREDICTION_BATCH]
+        seen[rows] = view.predict_on_batch([codes.k[rows, None], codes.P[rows]])
+    return seen
 
 
-def fit_scaler(seen: np.ndarray) -> layers.Layer:
-    """The layer that brings each column of `seen`, shape (rows, width), to mean 0 and variance 1 over these rows."""
-    scaler = StandardScaler().fit(seen)
+def fit_scaler(seen: np.ndarray, rows: np.ndarray) -> layers.Layer:
+    """The layer that brings each column of `seen`, shape (all rows, width), to mean 0 and variance 1 over `rows`."""
+    scaler = StandardScaler()
+    for start in range(0, len(rows), PREDICTION_BATCH):
+        scaler.partial_fit(seen[rows[start : start + PREDICTION_BATCH]])
     return layers.Normalization(mean=scaler.mean_.tolist(), variance=(scaler.scale_**2).tolist(), name="P_scaled")
 
 
@@ -774,8 +801,10 @@ def train(model, dataset, seen, train_rows, rows_an_epoch: int, val_rows, settin
 
 def predict_heights(model: keras.Model, codes: Dataset | Codes, rows: np.ndarray) -> np.ndarray:
     """The heights that the model gives for these rows, float64 (rows,)."""
-    height = model.predict(model_inputs(codes, rows), batch_size=PREDICTION_BATCH, verbose=0)
-    return height[:, 0].astype(np.float64)
+    # A batch of one k is seen in half the time of a mixed one.
+    by_k = np.argsort(codes.k[rows], kind="stable")
+    height = model.predict(model_inputs(codes, rows[by_k]), batch_size=PREDICTION_BATCH, verbose=0)
+    return height[np.argsort(by_k), 0].astype(np.float64)
 
 
 def read_published() -> pd.DataFrame:
@@ -1034,7 +1063,7 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
         work.mkdir(exist_ok=True)
         make_repeatable(settings.seed)
         seen = see(pool, settings.features)
-        network = build_network(seen.shape[1], fit_scaler(seen[train_rows]))
+        network = build_network(seen.shape[1], fit_scaler(seen, train_rows))
         model = height_model(network, settings.features)
         print(f"{model.count_params():,} parameters, {len(own_rows):,} rows an epoch", flush=True)
         journal = train(model, pool, seen, train_rows, len(own_rows), val_rows, settings, work)
