@@ -24,7 +24,7 @@ def seen(dataset):
 
 
 def built(seen, features="basis"):
-    return run5.height_model(run5.build_network(seen.shape[1], run5.fit_scaler(seen)), features)
+    return run5.height_model(run5.build_network(seen.shape[1], run5.fit_scaler(seen, np.arange(len(seen)))), features)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def model(seen):
     return built(seen)
 
 
-@pytest.mark.parametrize(("features", "parameters"), [("raw", 5_630_369), ("basis", 5_630_369 + (486 - 20) * 256)])
+@pytest.mark.parametrize(("features", "parameters"), [("raw", 5_630_369), ("basis", 5_630_369 + (864 - 20) * 256)])
 def test_layers_are_those_of_the_design(dataset, features, parameters):
     whole = built(run5.see(dataset, features), features)
     assert sum(int(np.prod(v.shape)) for v in whole.trainable_variables) == parameters
@@ -64,7 +64,7 @@ def test_height_is_two_to_the_softplus(model, dataset, seen):
 def test_scaler_centres_what_it_was_fitted_on_and_leaves_constant_columns_finite():
     P = np.random.default_rng(0).normal(3, 50, (500, 20))
     P[:, 19] = 0
-    scaled = np.asarray(run5.fit_scaler(P)(P))
+    scaled = np.asarray(run5.fit_scaler(np.vstack([P, P + 1000]), np.arange(500))(P))
     np.testing.assert_allclose(scaled.mean(axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(scaled.std(axis=0)[:19], 1, atol=1e-4)
 
@@ -141,7 +141,7 @@ def trained(dataset, tmp_path, **changes):
     settings = run5.Settings(output=tmp_path, **changes)
     train_rows, val_rows = run5.split_dataset(dataset)
     seen = dataset.P.astype(np.float32)
-    model = run5.height_model(run5.build_network(20, run5.fit_scaler(seen[train_rows])), "raw")
+    model = run5.height_model(run5.build_network(20, run5.fit_scaler(seen, train_rows)), "raw")
     return run5.train(model, dataset, seen, train_rows, len(train_rows), val_rows, settings, tmp_path)
 
 
