@@ -1143,6 +1143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = str(error)
     except OSError as error:
         problem = f"{error.filename or settings.output}: {error.strerror or error}"
+    except MemoryError as error:
+        problem = f"too little memory ({error}): fewer codes are drawn with a smaller --drawn"
     except KeyboardInterrupt:
         print("interrupted: the same command goes on after the last whole epoch", file=sys.stderr)
         return INTERRUPTED

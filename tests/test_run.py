@@ -195,6 +195,17 @@ def test_a_folder_in_which_no_lock_can_be_made_is_refused(tmp_path, small_npz, c
     assert "cannot be written to: unable to open database file" in err and err.count("\n") == 1
 
 
+def test_too_little_memory_ends_with_one_line(tmp_path, small_npz, monkeypatch, capsys):
+    def refuse(*_):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr(run5, "make_dataset", refuse)
+    assert run5.main(["--data", str(small_npz), "--output", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "too little memory (Unable to allocate 9 TiB)" in err and "--drawn" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_ctrl_c_ends_with_one_line(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
