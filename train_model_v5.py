@@ -342,45 +342,29 @@ def coordinate_tables(k: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(without), np.array(within)
 
 
-@lru_cache
-def distance_tables(k: int) -> list[np.ndarray]:
-    """For d = 0, 1, ... a matrix of zeros and ones, float64 (bases, bases): one where d elements are exchanged."""
-    members = np.array([[a in basis for a in range(N)] for basis in itertools.combinations(range(N), k)], dtype=int)
-    exchanged = k - members @ members.T
-    return [(exchanged == d).astype(np.float64) for d in range(exchanged.max() + 1)]
-
-
 @keras.saving.register_keras_serializable("m_height")
 class BasisNorms(layers.Layer):
     """The code seen from each of its bases (information sets) at a time. A layer without weights.
 
-    Let A = G_B^-1 G be the systematic form at a basis B. Of each A it takes, for coordinates a outside B,
+    For a basis B and a coordinate a outside it let M[B, a] = || G_B^-1 g_a ||_1, the largest |c_a| over the codewords c
+    that stay within 1 on B, and rho_B the largest of these over a. By Cramer's rule M[B, a] is the sum over j in B of
+    |D(B - j + a)|, divided by |D(B)|, with D the maximal minors of G (see data/prepare.py). Permuting rows or columns
+    of P or changing their signs only changes which B and a a number belongs to, and what is returned forgets that:
 
-      M[B, a]   the sum of the absolute entries of column a: the largest |c_a| over codewords c within 1 on B,
-      rho_B     the largest of these,
-      R_d[B]    for d = 2, 3, 4, the sum of A's absolute d x d minors divided by that of its (d - 1) x (d - 1) minors
-                (outside the unit matrix): how far codewords within 1 on B reach in a d-th direction, roughly.
+      126      log2 rho_B of all bases, sorted, the largest first, padded with 0 where there are fewer,
+      9 x 24   for each coordinate a, quantiles of log2 M[B, a] over the bases without a,
+      9 x 16   for each coordinate a, quantiles of log2 rho_B over the bases with a,
 
-    All of it comes from the maximal minors D of G by Cramer's rule: the d x d minors of A are D(B') / D(B) for the B'
-    that differ from B in d elements. Permuting rows or columns of P or changing their signs only changes which B and a
-    a number belongs to, and what is returned forgets that:
-
-      126       log2 rho_B of all bases, sorted, the largest first, padded with 0 where there are fewer,
-      9 x 24    for each coordinate a, quantiles of log2 M[B, a] over the bases without a,
-      9 x 16    for each coordinate a, quantiles of log2 rho_B over the bases with a,
-      3 x 126   log2 R_d[B] of all bases for d = 2, 3, 4, each sorted and padded as the first,
-
-    the coordinates of the second and third ordered by their mean. Logs lie within LOG2_RANGE; what is divided by 0, as
-    for a singular basis, has its upper end. How bases combine to a height, a max-min over sets of them, is not done
-    here.
+    the coordinates of the second and third ordered by their mean. Logs lie within LOG2_RANGE; a singular basis has its
+    upper end. How bases combine to a height, a max-min over sets of them, is not done here.
 
     Called with k, integers of shape (batch, 1), and P_matrix, float64 of shape (batch, 20). Returns float32 of shape
-    (batch, 864). Minors are float64 whatever the precision policy: they reach 2.4e9 while one of 1 can decide.
+    (batch, 486). Minors are float64 whatever the precision policy: they reach 2.4e9 while one of 1 can decide.
     """
 
     LOG2_RANGE = (-10.0, 32.0)
-    BASES, WITHOUT, WITHIN, DISTANCES = 126, 24, 16, (2, 3, 4)
-    WIDTH = BASES + N * (WITHOUT + WITHIN) + len(DISTANCES) * BASES
+    BASES, WITHOUT, WITHIN = 126, 24, 16
+    WIDTH = BASES + N * (WITHOUT + WITHIN)
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs | {"dtype": "float64"})
@@ -402,22 +386,15 @@ class BasisNorms(layers.Layer):
         return ops.zeros((ops.shape(P)[0], self.WIDTH), "float32")
 
     def of_dimension(self, P, k: int):
-        """The whole view, float32 (batch, 864), as if every row had this k."""
-        minors = self.minors(P, k)
-        base, swap = cramer_table(N, k)
-        norms = self.log2_ratio(sum(ops.take(minors, row, axis=0) for row in swap), ops.take(minors, base, axis=0))
+        """The whole view, float32 (batch, 486), as if every row had this k."""
+        norms = self.log2_norms(self.minors(P, k), k)
         rho = ops.max(ops.reshape(norms, (math.comb(N, k), N - k, -1)), axis=1)
+        falling = -ops.sort(-ops.transpose(rho))
         without, within = coordinate_tables(k)
-        sums = [ops.matmul(table, minors) for table in distance_tables(k)]
-        nothing = ops.zeros_like(rho)
         parts = [
-            self.falling(rho),
+            ops.pad(falling, ((0, 0), (0, self.BASES - math.comb(N, k)))),
             self.by_coordinate(norms, without, self.WITHOUT),
             self.by_coordinate(rho, within, self.WITHIN),
-            *[
-                self.falling(self.log2_ratio(sums[d], sums[d - 1]) if d < len(sums) else nothing)
-                for d in self.DISTANCES
-            ],
         ]
         return ops.concatenate(parts, axis=1)
 
@@ -431,16 +408,14 @@ class BasisNorms(layers.Layer):
             orders.append(sum(terms[::2]) - sum(terms[1::2]))
         return ops.abs(ops.take(ops.concatenate(orders), minor_order(k, N - k), axis=0))
 
-    def log2_ratio(self, above, below):
-        """log2 of above / below, float32 of their shape, within LOG2_RANGE; its upper end where below is 0."""
+    def log2_norms(self, minors, k: int):
+        """log2 M[B, a], float32 (pairs, batch), in the order of cramer_table(N, k)."""
+        base, swap = cramer_table(N, k)
+        above, below = sum(ops.take(minors, row, axis=0) for row in swap), ops.take(minors, base, axis=0)
         least, most = (2.0**end for end in self.LOG2_RANGE)
+        # Where both are 0 the coordinate says nothing about a singular basis, which counts as singular all the same.
         ratio = ops.where(below > 0, above / ops.where(below > 0, below, 1.0), most)
         return ops.log2(ops.cast(ops.clip(ratio, least, most), "float32"))
-
-    def falling(self, values):
-        """values, (bases, batch), sorted for each code, the largest first, and padded: (batch, 126)."""
-        ranked = -ops.sort(-ops.transpose(values))
-        return ops.pad(ranked, ((0, 0), (0, self.BASES - values.shape[0])))
 
     def by_coordinate(self, values, table: np.ndarray, quantiles: int):
         """Even order statistics of values, (rows, batch), for each row of the table: (batch, 9 x quantiles)."""

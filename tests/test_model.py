@@ -32,7 +32,7 @@ def model(seen):
     return built(seen)
 
 
-@pytest.mark.parametrize(("features", "parameters"), [("raw", 5_630_369), ("basis", 5_630_369 + (864 - 20) * 256)])
+@pytest.mark.parametrize(("features", "parameters"), [("raw", 5_630_369), ("basis", 5_630_369 + (486 - 20) * 256)])
 def test_layers_are_those_of_the_design(dataset, features, parameters):
     whole = built(run5.see(dataset, features), features)
     assert sum(int(np.prod(v.shape)) for v in whole.trainable_variables) == parameters
