@@ -104,6 +104,20 @@ GROUP_WEIGHTS = {
     (6, 3): 1.5,
 }
 
+# The epochs of a pool larger than an epoch take more rows of the groups that need more of them: (4, 4) and (5, 3) have
+# the largest error, and in the groups with m = n - k there is least to learn.
+GROUP_SHARES = {
+    (4, 2): 1.0,
+    (4, 3): 1.0,
+    (4, 4): 3.0,
+    (4, 5): 0.5,
+    (5, 2): 0.8,
+    (5, 3): 2.0,
+    (5, 4): 0.5,
+    (6, 2): 1.0,
+    (6, 3): 0.5,
+}
+
 
 def setting(default, meaning: str):
     """A dataclass field that carries its meaning, for the reader and for --help."""
@@ -137,6 +151,9 @@ class Settings:
     stop_patience: int = setting(40, "epochs without a lower val_loss before the run ends")
     group_weights: dict[tuple[int, int], float] = setting(
         GROUP_WEIGHTS, "weight of a row of each (k, m) group in the training loss"
+    )
+    group_shares: dict[tuple[int, int], float] = setting(
+        GROUP_SHARES, "how readily an epoch takes a row of each (k, m) group, where there are more than it takes"
     )
 
     def __post_init__(self) -> None:
@@ -342,24 +359,41 @@ def coordinate_tables(k: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(without), np.array(within)
 
 
+@lru_cache
+def exchange_tables(k: int) -> list[np.ndarray]:
+    """For d = 0, 1, ... a matrix of zeros and ones, float64 (bases, bases): one where d elements are exchanged."""
+    members = np.array([[a in basis for a in range(N)] for basis in itertools.combinations(range(N), k)], dtype=int)
+    exchanged = k - members @ members.T
+    return [(exchanged == d).astype(np.float64) for d in range(exchanged.max() + 1)]
+
+
 @keras.saving.register_keras_serializable("m_height")
 class BasisNorms(layers.Layer):
     """The code seen from each of its bases (information sets) at a time. A layer without weights.
 
-    For a basis B and a coordinate a outside it let M[B, a] = || G_B^-1 g_a ||_1, the largest |c_a| over the codewords c
-    that stay within 1 on B, and rho_B the largest of these over a. By Cramer's rule M[B, a] is the sum over j in B of
-    |D(B - j + a)|, divided by |D(B)|, with D the maximal minors of G (see data/prepare.py). Permuting rows or columns
-    of P or changing their signs only changes which B and a a number belongs to, and what is returned forgets that:
+    Let A = G_B^-1 G be the systematic form at a basis B. Of each A it takes, for coordinates a outside B,
 
-      126      log2 rho_B of all bases, sorted, the largest first, padded with 0 where there are fewer,
+      M[B, a]   the sum of the absolute entries of column a: the largest |c_a| over codewords c within 1 on B,
+      rho_B     the largest of these,
+      R_d[B]    the sum of A's absolute d x d minors divided by that of its (d - 1) x (d - 1) minors (outside the unit
+                matrix): how far codewords within 1 on B reach in a d-th direction, roughly.
+
+    All of it comes from the maximal minors D of G by Cramer's rule (see data/prepare.py): the d x d minors of A are
+    D(B') / D(B) for the B' that differ from B in d elements. An m-height keeps codewords within 1 on n - m coordinates,
+    d - 1 = n - k - m more than a basis has, and each of these can close one direction; so R_d is taken for this d, and
+    for d = 1 rho_B, which bounds the height of m = n - k. Permuting rows or columns of P or changing their signs only
+    changes which B and a a number belongs to, and what is returned forgets that:
+
+      126      log2 R_d[B] (log2 rho_B where d is 1), sorted, the largest first, padded with 0 where there are fewer,
       9 x 24   for each coordinate a, quantiles of log2 M[B, a] over the bases without a,
       9 x 16   for each coordinate a, quantiles of log2 rho_B over the bases with a,
 
-    the coordinates of the second and third ordered by their mean. Logs lie within LOG2_RANGE; a singular basis has its
-    upper end. How bases combine to a height, a max-min over sets of them, is not done here.
+    the coordinates of the second and third ordered by their mean. Logs lie within LOG2_RANGE; what is divided by 0, as
+    for a singular basis, has its upper end. How bases combine to a height, a max-min over sets of them, is not done
+    here.
 
-    Called with k, integers of shape (batch, 1), and P_matrix, float64 of shape (batch, 20). Returns float32 of shape
-    (batch, 486). Minors are float64 whatever the precision policy: they reach 2.4e9 while one of 1 can decide.
+    Called with k and m, integers of shape (batch, 1), and P_matrix, float64 of shape (batch, 20). Returns float32 of
+    shape (batch, 486). Minors are float64 whatever the precision policy: they reach 2.4e9 while one of 1 can decide.
     """
 
     LOG2_RANGE = (-10.0, 32.0)
@@ -369,27 +403,33 @@ class BasisNorms(layers.Layer):
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs | {"dtype": "float64"})
 
-    def call(self, k, P_matrix):
+    def call(self, k, m, P_matrix):
         P_matrix = ops.cast(P_matrix, "float64")
         parts = []
         for value in sorted({k for k, _ in GROUPS}):
             # A batch that has no code of this k is spared its minors.
             chosen = ops.equal(k, value)
-            work, nothing = partial(self.of_dimension, P_matrix, value), partial(self.zeros, P_matrix)
+            work, nothing = partial(self.of_dimension, P_matrix, m, value), partial(self.zeros, P_matrix)
             parts.append(ops.where(chosen, ops.cond(ops.any(chosen), work, nothing), 0.0))
         return sum(parts)
 
-    def compute_output_spec(self, k, P_matrix):
+    def compute_output_spec(self, k, m, P_matrix):
         return keras.KerasTensor((P_matrix.shape[0], self.WIDTH), "float32")
 
     def zeros(self, P):
         return ops.zeros((ops.shape(P)[0], self.WIDTH), "float32")
 
-    def of_dimension(self, P, k: int):
+    def of_dimension(self, P, m, k: int):
         """The whole view, float32 (batch, 486), as if every row had this k."""
-        norms = self.log2_norms(self.minors(P, k), k)
+        minors = self.minors(P, k)
+        base, swap = cramer_table(N, k)
+        norms = self.log2_ratio(sum(ops.take(minors, row, axis=0) for row in swap), ops.take(minors, base, axis=0))
         rho = ops.max(ops.reshape(norms, (math.comb(N, k), N - k, -1)), axis=1)
-        falling = -ops.sort(-ops.transpose(rho))
+        reach = rho
+        sums = [ops.matmul(table, minors) for table in exchange_tables(k)]
+        for d in range(2, N - k):
+            reach = ops.where(ops.equal(m[:, 0], N - k - d + 1), self.log2_ratio(sums[d], sums[d - 1]), reach)
+        falling = -ops.sort(-ops.transpose(reach))
         without, within = coordinate_tables(k)
         parts = [
             ops.pad(falling, ((0, 0), (0, self.BASES - math.comb(N, k)))),
@@ -408,12 +448,9 @@ class BasisNorms(layers.Layer):
             orders.append(sum(terms[::2]) - sum(terms[1::2]))
         return ops.abs(ops.take(ops.concatenate(orders), minor_order(k, N - k), axis=0))
 
-    def log2_norms(self, minors, k: int):
-        """log2 M[B, a], float32 (pairs, batch), in the order of cramer_table(N, k)."""
-        base, swap = cramer_table(N, k)
-        above, below = sum(ops.take(minors, row, axis=0) for row in swap), ops.take(minors, base, axis=0)
+    def log2_ratio(self, above, below):
+        """log2 of above / below, float32 of their shape, within LOG2_RANGE; its upper end where below is 0."""
         least, most = (2.0**end for end in self.LOG2_RANGE)
-        # Where both are 0 the coordinate says nothing about a singular basis, which counts as singular all the same.
         ratio = ops.where(below > 0, above / ops.where(below > 0, below, 1.0), most)
         return ops.log2(ops.cast(ops.clip(ratio, least, most), "float32"))
 
@@ -431,10 +468,10 @@ class BasisNorms(layers.Layer):
 class RawP(layers.Layer):
     """The 20 numbers of P as they are. Called as BasisNorms; returns float32 of shape (batch, 20)."""
 
-    def call(self, k, P_matrix):
+    def call(self, k, m, P_matrix):
         return ops.cast(P_matrix, "float32")
 
-    def compute_output_spec(self, k, P_matrix):
+    def compute_output_spec(self, k, m, P_matrix):
         return keras.KerasTensor(P_matrix.shape, "float32")
 
 
@@ -471,13 +508,14 @@ def residual_block(x, units: int, dropout: float):
 
 def see(codes: Dataset | Codes, features: str) -> np.ndarray:
     """What the network sees of P, float32 (rows, width): made once for all epochs."""
-    k, P_matrix = layers.Input((1,), dtype="int32"), layers.Input((P_WIDTH,), dtype="float64")
-    view = keras.Model([k, P_matrix], FEATURES[features]()(k, P_matrix))
+    k, m = (layers.Input((1,), dtype="int32") for _ in "km")
+    P_matrix = layers.Input((P_WIDTH,), dtype="float64")
+    view = keras.Model([k, m, P_matrix], FEATURES[features]()(k, m, P_matrix))
     seen = np.empty((len(codes.k), view.output.shape[1]), dtype=np.float32)
     by_k = np.argsort(codes.k, kind="stable")
     for start in range(0, len(by_k), PREDICTION_BATCH):
         rows = by_k[start : start + PREDICTION_BATCH]
-        seen[rows] = view.predict_on_batch([codes.k[rows, None], codes.P[rows]])
+        seen[rows] = view.predict_on_batch([codes.k[rows, None], codes.m[rows, None], codes.P[rows]])
     return seen
 
 
@@ -523,7 +561,7 @@ def height_model(network: keras.Model, features: str) -> keras.Model:
     """
     n, k, m = (layers.Input((1,), name=name, dtype="int32") for name in ("n", "k", "m"))
     P_matrix = layers.Input((P_WIDTH,), name="P_matrix", dtype="float64")
-    log2_height = network([n, k, m, FEATURES[features](name="P_seen")(k, P_matrix)])
+    log2_height = network([n, k, m, FEATURES[features](name="P_seen")(k, m, P_matrix)])
     return keras.Model([n, k, m, P_matrix], layers.Activation(power_of_two, name="height")(log2_height), name="run5")
 
 
@@ -547,11 +585,14 @@ def batches(
 ) -> Iterator[tuple]:
     """Endless (inputs, log2 heights, weights), epoch after epoch, `rows_an_epoch` of the rows in each, none twice.
 
-    The order of an epoch follows from the seed and the epoch alone, so a resumed run sees what it would have seen.
+    Where that is not all of them, settings.group_shares tells how readily a row of each group is taken. The choice and
+    the order follow from the seed and the epoch alone, so a resumed run sees what it would have seen.
     """
     weight = np.array([settings.group_weights[group] for group in GROUPS], dtype=np.float32)[dataset.group]
+    share = np.array([settings.group_shares[group] for group in GROUPS])[dataset.group[rows]]
     for epoch in itertools.count(first_epoch):
-        order = np.random.default_rng([settings.seed, epoch]).permutation(rows)[:rows_an_epoch]
+        rng = np.random.default_rng([settings.seed, epoch])
+        order = rng.permutation(rng.choice(rows, rows_an_epoch, replace=False, p=share / share.sum()))
         for start in range(0, len(order), settings.batch_size):
             batch = order[start : start + settings.batch_size]
             yield network_inputs(dataset, seen, batch), dataset.log2_height[batch, None], weight[batch]
@@ -582,8 +623,11 @@ class BestModel(keras.callbacks.ModelCheckpoint):
 
 def describe_run(dataset: Dataset, settings: Settings) -> dict:
     """What two runs must have in common to give the same result, as JSON has it."""
-    weights = {f"k={k},m={m}": weight for (k, m), weight in settings.group_weights.items()}
-    run = asdict(settings) | {"data": dataset.sha256, "group_weights": weights, "keras": keras.__version__}
+    by_group = {
+        name: {f"k={k},m={m}": value for (k, m), value in getattr(settings, name).items()}
+        for name in ("group_weights", "group_shares")
+    }
+    run = asdict(settings) | by_group | {"data": dataset.sha256, "keras": keras.__version__}
     del run["output"]
     return run
 
