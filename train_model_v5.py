@@ -918,7 +918,8 @@ def report_text(results: dict) -> str:
         "rows": f"{results['dataset']['rows']:,}, {results['dataset']['repeats']:,} of them repeat a code and m",
         "distinct codes": f"{codes['all']:,}: {codes['train']:,} training, {codes['val']:,} validation, "
         f"{codes['on_both_sides']} on both sides",
-        "drawn codes": f"{results['drawn_rows']:,} more for training; an epoch takes {results['rows_an_epoch']:,} rows",
+        "drawn codes": f"{results['drawn_rows']:,} more for training; an epoch takes {results['rows_an_epoch']:,} rows"
+        + (", more of some groups (group_shares in metrics.json)" if results["drawn_rows"] else ""),
         "input": f"{INPUT_NOTE[run['features']]}, scaled on training rows",
         "parameters": f"{results['parameters']:,}",
         "seed, batch": f"{run['seed']}, {run['batch_size']}",

@@ -121,10 +121,17 @@ def test_an_epoch_has_every_training_row_once_with_its_weight(dataset):
 def test_an_epoch_of_fewer_rows_takes_others_each_time_and_none_twice(dataset):
     settings = run5.Settings(batch_size=50)
     seen = np.arange(len(dataset))[:, None]
-    stream = run5.batches(dataset, seen, np.arange(300), 120, settings)
-    epochs = [np.concatenate([next(stream)[0]["P_seen"] for _ in range(3)]) for _ in range(30)]
+    rows = np.arange(len(dataset))
+    stream = run5.batches(dataset, seen, rows, 120, settings)
+    epochs = [np.concatenate([next(stream)[0]["P_seen"] for _ in range(3)]) for _ in range(60)]
     assert all(len(epoch) == len(np.unique(epoch)) == 120 for epoch in epochs)
-    assert len(np.unique(epochs)) == 300 and set(epochs[0].flat) != set(epochs[1].flat)
+    assert len(np.unique(epochs)) == len(rows) and set(epochs[0].flat) != set(epochs[1].flat)
+
+    taken = np.bincount(dataset.group[np.concatenate(epochs).ravel()]) / np.bincount(dataset.group) / 60
+    share = np.array([settings.group_shares[group] for group in run5.GROUPS])
+    assert (np.diff(taken[np.argsort(share, kind="stable")])[np.diff(np.sort(share)) > 0.5] > 0).all()
+    within = taken[share == 1]
+    assert np.ptp(within) < 0.1 < within.mean() - taken[share == 0.5].mean()
 
 
 @pytest.fixture
