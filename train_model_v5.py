@@ -770,14 +770,8 @@ def make_repeatable(seed: int) -> None:
         tf.config.experimental.enable_op_determinism()
 
 
-def train(model, dataset, seen, train_rows, rows_an_epoch: int, val_rows, settings: Settings, work: Path) -> Journal:
-    """Train to the early stop or the last epoch; the best model so far is work/best_model.h5.
-
-    model: as from height_model; seen: what its network sees of the dataset's P. Goes on with the run that
-    work/journal.npz holds, if there is one. Ctrl-C ends the run after the epoch, a second one at once. Returns the
-    journal.
-    """
-    network = model.get_layer("log2_height")
+def compile_network(network: keras.Model, settings: Settings) -> None:
+    """Give the network its optimizer and its loss, the MSE of log2 heights."""
     network.compile(
         optimizer=keras.optimizers.AdamW(
             settings.learning_rate, weight_decay=settings.weight_decay, clipnorm=settings.clipnorm
@@ -786,6 +780,17 @@ def train(model, dataset, seen, train_rows, rows_an_epoch: int, val_rows, settin
         metrics=[keras.metrics.MeanSquaredError(name="log2_mse")],
         jit_compile=False,
     )
+
+
+def train(model, dataset, seen, train_rows, rows_an_epoch: int, val_rows, settings: Settings, work: Path) -> Journal:
+    """Train to the early stop or the last epoch; the best model so far is work/best_model.h5.
+
+    model: as from height_model; seen: what its network sees of the dataset's P. Goes on with the run that
+    work/journal.npz holds, if there is one. Ctrl-C ends the run after the epoch, a second one at once. Returns the
+    journal.
+    """
+    network = model.get_layer("log2_height")
+    compile_network(network, settings)
     remembering = [
         keras.callbacks.ReduceLROnPlateau("val_loss", settings.plateau_factor, settings.plateau_patience),
         keras.callbacks.EarlyStopping("val_loss", patience=settings.stop_patience),
@@ -891,9 +896,21 @@ def describe_results(
         "history": journal.history,
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("keras", keras.backend.backend(), "numpy", "scikit-learn", "pandas")},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "times": {"wall_seconds": round(journal.seconds, 1), "finished": time.strftime("%Y-%m-%d %H:%M:%S")},
     }
+
+
+def machine() -> str:
+    """System, cores and, where Linux tells them, the processor and what it has for matrix products."""
+    name = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    try:
+        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    except OSError:
+        return name
+    about = {key.strip(): value.strip() for key, value in lines}
+    has = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in about.get("flags", "").split()]
+    return ", ".join([name, *([about["model name"]] if "model name" in about else []), *has])
 
 
 def split_text(split: list[dict]) -> str:
