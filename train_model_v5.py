@@ -83,6 +83,9 @@ TIERS = {
 TARGETS = {"easy": 0.15, "medium": 0.30, "hard": 1.20, "overall": 0.35}
 OVERALL_TO_BEAT = 0.374
 
+# The runs of data/rerun_baselines.py that are validated on the same rows as Run 5, and their short names.
+MEASURED = {"Run 2": "R2", "Run 4": "R4", "Run 4, curriculum in force": "R4 curr.", "Run 5, raw P": "R5 raw"}
+
 # Heights that agree to this much in log2 are the same: files may have been labelled by a numerical solver.
 LABEL_TOLERANCE = 1e-4
 
@@ -797,27 +800,46 @@ def train(model, dataset, seen, train_rows, rows_an_epoch: int, val_rows, settin
         BestModel(work / "best_model.h5", model),
     ]
     journal = Journal(work / "journal.npz", describe_run(dataset, settings), model.count_params(), remembering)
+    schedule = partial(lr_schedule, constant_epochs=settings.constant_epochs, decay=settings.decay)
+    fit_resumably(
+        network,
+        journal,
+        partial(batches, dataset, seen, train_rows, rows_an_epoch, settings),
+        math.ceil(rows_an_epoch / settings.batch_size),
+        (network_inputs(dataset, seen, val_rows), dataset.log2_height[val_rows, None]),
+        settings.epochs,
+        keras.callbacks.LearningRateScheduler(schedule),
+    )
+    return journal
+
+
+def fit_resumably(network, journal: Journal, stream, steps: int, validation, epochs: int, schedule) -> None:
+    """Fit the compiled network from where the journal's file says it was to its end or to `epochs`.
+
+    stream: from the number of the first epoch, from 0, to endless batches, `steps` an epoch; validation: inputs and
+    log2 heights; schedule: the callback that sets the rate, which goes before the journal's others.
+    """
     if journal.path.exists():
         journal.restore(network)
-        print(f"going on with the unfinished run in {work}: {len(journal.history)} epochs are done", flush=True)
+        print(
+            f"going on with the unfinished run in {journal.path.parent}: {len(journal.history)} epochs are done",
+            flush=True,
+        )
     if journal.finished:
-        return journal
-
+        return
     first_epoch = len(journal.history)
-    schedule = partial(lr_schedule, constant_epochs=settings.constant_epochs, decay=settings.decay)
     with ends_after_the_epoch(journal):
         network.fit(
-            batches(dataset, seen, train_rows, rows_an_epoch, settings, first_epoch),
-            steps_per_epoch=math.ceil(rows_an_epoch / settings.batch_size),
+            stream(first_epoch),
+            steps_per_epoch=steps,
             initial_epoch=first_epoch,
-            epochs=settings.epochs,
-            validation_data=(network_inputs(dataset, seen, val_rows), dataset.log2_height[val_rows, None]),
+            epochs=epochs,
+            validation_data=validation,
             validation_batch_size=PREDICTION_BATCH,
-            callbacks=[keras.callbacks.LearningRateScheduler(schedule), *remembering, Progress(), journal],
+            callbacks=[schedule, *journal.others, Progress(), journal],
             shuffle=False,
             verbose=1 if sys.stdout.isatty() else 0,
         )
-    return journal
 
 
 # --- report ---------------------------------------------------------------------------------------------------------
@@ -831,23 +853,30 @@ def predict_heights(model: keras.Model, codes: Dataset | Codes, rows: np.ndarray
     return height[np.argsort(by_k), 0].astype(np.float64)
 
 
-def read_published() -> pd.DataFrame:
-    """The published log2-MSE of Run 2 and Run 4 (columns) by k and m (index). Raises InputError if it is not there."""
+def read_baselines(dataset: Dataset, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Two tables of log2-MSE by k and m (index) and run (columns): published, and measured here.
+
+    The first has Run 2 and Run 4; the second what data/rerun_baselines.py measured on this dataset and the split of
+    this seed, of MEASURED, no columns if nothing. Raises InputError if the file or a published figure is not there.
+    """
     path = HERE / "data" / "baselines.csv"
     try:
-        rows = pd.read_csv(path).query("source == 'published'")
-        table = rows.pivot(index=["k", "m"], columns="run", values="log2_mse")
-        return table.loc[list(GROUPS), ["Run 2", "Run 4"]].astype(float)
+        rows = pd.read_csv(path)
+        published = rows.query("source == 'published'").pivot(index=["k", "m"], columns="run", values="log2_mse")
+        published = published.loc[list(GROUPS), ["Run 2", "Run 4"]].astype(float)
+        here = rows[(rows["source"] == "measured") & (rows["dataset"] == dataset.sha256) & (rows["seed"] == seed)]
+        measured = here.pivot(index=["k", "m"], columns="run", values="log2_mse").reindex(list(GROUPS)).astype(float)
     except (OSError, ValueError, KeyError, pd.errors.UndefinedVariableError) as error:
         problem = " ".join(str(error).split())
         raise InputError(f"{path}: expected published Run 2 and Run 4 figures of the nine groups ({problem})") from None
+    return published, measured[[run for run in MEASURED if run in measured]]
 
 
 def compare(dataset: Dataset, rows, predicted: np.ndarray, published: pd.DataFrame) -> tuple[list[dict], list[dict]]:
     """The figures of the report: a row for each group, then a row for each tier and one for all nine groups.
 
-    predicted: log2 heights, (rows,); published: as from read_published. Every figure is a log2-MSE; that of a tier is
-    the mean of its groups. vs_run2 and vs_run4 are relative changes, Run 5 / other - 1.
+    predicted: log2 heights, (rows,); published: the first table of read_baselines. Every figure is a log2-MSE; that of
+    a tier is the mean of its groups. vs_run2 and vs_run4 are relative changes, Run 5 / other - 1.
     """
     square = (dataset.log2_height[rows] - predicted) ** 2
     errors = pd.DataFrame({"k": dataset.k[rows], "m": dataset.m[rows], "square": square})
@@ -866,12 +895,14 @@ def compare(dataset: Dataset, rows, predicted: np.ndarray, published: pd.DataFra
 
 
 def describe_results(
-    dataset, pool, train_rows, val_rows, predicted: np.ndarray, published, journal: Journal, settings: Settings
+    dataset, pool, train_rows, val_rows, predicted: np.ndarray, baselines, journal: Journal, settings: Settings
 ) -> dict:
     """All figures of the run, as they go to metrics.json; what differs between equal runs is under "times".
 
-    pool: the dataset with the drawn codes after its rows. predicted: log2 heights of the validation rows.
+    pool: the dataset with the drawn codes after its rows. predicted: log2 heights of the validation rows. baselines: as
+    from read_baselines.
     """
+    published, measured = baselines
     groups, tiers = compare(dataset, val_rows, predicted, published)
     return {
         "dataset": {"file": dataset.source, "sha256": dataset.sha256, "rows": len(dataset), "repeats": dataset.repeats},
@@ -892,6 +923,7 @@ def describe_results(
         "parameters": journal.parameters,
         "groups": groups,
         "tiers": tiers,
+        "same_split": compare_measured(groups, measured),
         "overall_to_beat": {"target": OVERALL_TO_BEAT, "met": bool(tiers[-1]["run5"] < OVERALL_TO_BEAT)},
         "history": journal.history,
         "versions": {"python": platform.python_version()}
@@ -911,6 +943,43 @@ def machine() -> str:
     about = {key.strip(): value.strip() for key, value in lines}
     has = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in about.get("flags", "").split()]
     return ", ".join([name, *([about["model name"]] if "model name" in about else []), *has])
+
+
+def compare_measured(groups: list[dict], measured: pd.DataFrame) -> list[dict]:
+    """Run 5 beside what was measured on the same split: a row for each group, tier and all nine; none if nothing was.
+
+    groups: as from compare; measured: as from read_baselines. Each row has the log2-MSE of every run by its name, and
+    under "change" the relative change from each to Run 5, Run 5 / other - 1.
+    """
+    if measured.empty or not len(measured.columns):
+        return []
+    table = measured.assign(**{"Run 5": [row["run5"] for row in groups]})
+    means = {tier: table.loc[list(members)].mean() for tier, members in {**TIERS, "overall": GROUPS}.items()}
+    rows = [(f"k={k},m={m}", table.loc[(k, m)]) for k, m in GROUPS] + list(means.items())
+    return [
+        {"name": name, **row.to_dict(), "change": {run: row["Run 5"] / row[run] - 1 for run in measured.columns}}
+        for name, row in rows
+    ]
+
+
+def measured_text(rows: list[dict]) -> str:
+    """The second table of the report, or why it is left out."""
+    title = "Same data, same split: log2-MSE of runs measured on these very validation rows"
+    if not rows:
+        return f"{title}\n\nLeft out: data/baselines.csv has no figures measured on this dataset and seed."
+    runs = list(rows[0]["change"])
+    head = "".join(f"{MEASURED[run]:<11}" for run in runs) + f"{'Run 5':<11}"
+    head += "".join(f"{'vs ' + MEASURED[run]:<13}" for run in runs)
+    lines = [title, "", f"{'k,m':<9}{head}".rstrip(), "-" * (9 + len(head))]
+    for row in rows:
+        if row["name"] == "easy":
+            lines.append("mean of")
+        figures = "".join(f"{row[run]:<11.6f}" for run in (*runs, "Run 5"))
+        changes = "".join(f"{row['change'][run]:<+13.1%}" for run in runs)
+        lines.append(f"{row['name']:<9}{figures}{changes}".rstrip())
+    names = ", ".join(f"{MEASURED[run]} {run}" for run in runs)
+    note = f"{names}: trained by data/rerun_baselines.py on the dataset's own training rows, without drawn codes."
+    return "\n".join([*lines, note])
 
 
 def split_text(split: list[dict]) -> str:
@@ -963,7 +1032,7 @@ def report_text(results: dict) -> str:
     beat = results["overall_to_beat"]
     lines.append(f"{'overall, to beat':<42}< {beat['target']:<10.3f}{verdict[beat['met']]}")
 
-    lines += ["", COLUMNS_NOTE, "", split_text(results["split"])]
+    lines += ["", COLUMNS_NOTE, "", measured_text(results["same_split"]), "", split_text(results["split"])]
     return "\n".join(lines) + "\n"
 
 
@@ -1063,11 +1132,11 @@ def predict(inputs: Path, heights: Path | None, model: Path, output: Path) -> in
 # --- main -----------------------------------------------------------------------------------------------------------
 
 
-def write_results(dataset, pool, train_rows, val_rows, published, journal, settings: Settings, work: Path) -> str:
+def write_results(dataset, pool, train_rows, val_rows, baselines, journal, settings: Settings, work: Path) -> str:
     """Make all results in `work`, then move them to the output folder one by one. Returns the report."""
     model = load_trained(work / "best_model.h5")
     predicted = np.log2(predict_heights(model, dataset, val_rows))
-    results = describe_results(dataset, pool, train_rows, val_rows, predicted, published, journal, settings)
+    results = describe_results(dataset, pool, train_rows, val_rows, predicted, baselines, journal, settings)
     report = report_text(results)
     staged = work / "results"
     staged.mkdir(exist_ok=True)
@@ -1083,8 +1152,8 @@ def write_results(dataset, pool, train_rows, val_rows, published, journal, setti
 
 def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> int:
     """Load, split, train, report. Returns the exit status."""
-    published = read_published()
     dataset = load_dataset(*settings.data)
+    baselines = read_baselines(dataset, settings.seed)
     if not trust_labels:
         check_labels(dataset)
     own_rows, val_rows = split_dataset(dataset, settings.val_fraction, settings.seed)
@@ -1111,7 +1180,7 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
                 file=sys.stderr,
             )
             return 1
-        report = write_results(dataset, pool, train_rows, val_rows, published, journal, settings, work)
+        report = write_results(dataset, pool, train_rows, val_rows, baselines, journal, settings, work)
         if not journal.interrupted:
             shutil.rmtree(work)
     print(f"\n{report}\nresults are in {settings.output}")
