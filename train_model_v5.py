@@ -10,7 +10,7 @@ cores (Intel Xeon with AVX-512, no GPU).
 
 The file reads from top to bottom in the order the data flows:
 
-    settings, dataset, split, model, training, report, plots, prediction, main
+    settings, dataset, split, input, model, training, report, plots, prediction, main
 """
 
 import hashlib
@@ -430,7 +430,7 @@ class BasisNorms(layers.Layer):
         norms = self.log2_ratio(sum(ops.take(minors, row, axis=0) for row in swap), ops.take(minors, base, axis=0))
         rho = ops.max(ops.reshape(norms, (math.comb(N, k), N - k, -1)), axis=1)
         reach = rho
-        sums = [ops.matmul(table, minors) for table in exchange_tables(k)]
+        sums = {d: ops.matmul(exchange_tables(k)[d], minors) for d in range(1, N - k)}
         for d in range(2, N - k):
             reach = ops.where(ops.equal(m[:, 0], N - k - d + 1), self.log2_ratio(sums[d], sums[d - 1]), reach)
         falling = -ops.sort(-ops.transpose(reach))
@@ -594,9 +594,10 @@ def batches(
     """
     weight = np.array([settings.group_weights[group] for group in GROUPS], dtype=np.float32)[dataset.group]
     share = np.array([settings.group_shares[group] for group in GROUPS])[dataset.group[rows]]
+    chance = share / share.sum()
     for epoch in itertools.count(first_epoch):
         rng = np.random.default_rng([settings.seed, epoch])
-        order = rng.permutation(rng.choice(rows, rows_an_epoch, replace=False, p=share / share.sum()))
+        order = rng.permutation(rng.choice(rows, rows_an_epoch, replace=False, p=chance))
         for start in range(0, len(order), settings.batch_size):
             batch = order[start : start + settings.batch_size]
             yield network_inputs(dataset, seen, batch), dataset.log2_height[batch, None], weight[batch]
@@ -873,16 +874,20 @@ def read_baselines(dataset: Dataset, seed: int) -> tuple[pd.DataFrame, pd.DataFr
     return published, measured[[run for run in MEASURED if run in measured]]
 
 
+def group_errors(k, m, true: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
+    """log2_mse and n (columns) of each (k, m) group (index) from log2 heights; all arguments of shape (rows,)."""
+    errors = pd.DataFrame({"k": k, "m": m, "square": (true - predicted) ** 2})
+    return errors.groupby(["k", "m"])["square"].agg(log2_mse="mean", n="size")
+
+
 def compare(dataset: Dataset, rows, predicted: np.ndarray, published: pd.DataFrame) -> tuple[list[dict], list[dict]]:
     """The figures of the report: a row for each group, then a row for each tier and one for all nine groups.
 
     predicted: log2 heights, (rows,); published: the first table of read_baselines. Every figure is a log2-MSE; that of
     a tier is the mean of its groups. vs_run2 and vs_run4 are relative changes, Run 5 / other - 1.
     """
-    square = (dataset.log2_height[rows] - predicted) ** 2
-    errors = pd.DataFrame({"k": dataset.k[rows], "m": dataset.m[rows], "square": square})
-    table = errors.groupby(["k", "m"])["square"].agg(run5="mean", n="size")
-    table = table.join(published.rename(columns={"Run 2": "run2", "Run 4": "run4"}))
+    table = group_errors(dataset.k[rows], dataset.m[rows], dataset.log2_height[rows], predicted)
+    table = table.join(published).rename(columns={"log2_mse": "run5", "Run 2": "run2", "Run 4": "run4"})
     for other in ("run2", "run4"):
         table[f"vs_{other}"] = table["run5"] / table[other] - 1
     groups = table.loc[list(GROUPS)].reset_index().to_dict("records")
@@ -952,7 +957,7 @@ def compare_measured(groups: list[dict], measured: pd.DataFrame) -> list[dict]:
     groups: as from compare; measured: as from read_baselines. Each row has the log2-MSE of every run by its name, and
     under "change" the relative change from each to Run 5, Run 5 / other - 1.
     """
-    if measured.empty or not len(measured.columns):
+    if measured.empty:
         return []
     table = measured.assign(**{"Run 5": [row["run5"] for row in groups]})
     means = {tier: table.loc[list(members)].mean() for tier, members in {**TIERS, "overall": GROUPS}.items()}
@@ -1122,11 +1127,10 @@ def predict(inputs: Path, heights: Path | None, model: Path, output: Path) -> in
     write_heights(written, codes, predicted)
     print(f"{written}: {len(predicted):,} heights")
     if true is not None:
-        square = (np.log2(predicted) - np.log2(true)) ** 2
-        table = pd.DataFrame({"k": codes.k, "m": codes.m, "square": square}).groupby(["k", "m"])["square"]
-        for (k, m), row in table.agg(["mean", "size"]).iterrows():
-            print(f"k={k},m={m}  log2-MSE {row['mean']:.6f}  n={row['size']:.0f}")
-        print(f"mean of the groups  log2-MSE {table.mean().mean():.6f}  n={len(true)}")
+        table = group_errors(codes.k, codes.m, np.log2(true), np.log2(predicted))
+        for (k, m), row in table.iterrows():
+            print(f"k={k},m={m}  log2-MSE {row['log2_mse']:.6f}  n={row['n']:.0f}")
+        print(f"mean of the groups  log2-MSE {table['log2_mse'].mean():.6f}  n={len(true)}")
     return 0
 
 

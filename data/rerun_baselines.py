@@ -222,9 +222,8 @@ def rows_of_recipe(recipe: Recipe, dataset, settings, work: Path) -> tuple[pd.Da
     else:
         train_rows, val_rows = run5.split_dataset(dataset, settings.val_fraction, settings.seed)
     journal, predicted = train_recipe(recipe, dataset, train_rows, val_rows, settings, work)
-    square = (dataset.log2_height[val_rows] - predicted) ** 2
-    errors = pd.DataFrame({"k": dataset.k[val_rows], "m": dataset.m[val_rows], "square": square})
-    table = errors.groupby(["k", "m"])["square"].agg(log2_mse="mean", n="size").reset_index()
+    true = dataset.log2_height[val_rows]
+    table = run5.group_errors(dataset.k[val_rows], dataset.m[val_rows], true, predicted).reset_index()
     ended = "interrupted" if journal.interrupted else "complete"
     table = table.assign(epochs=len(journal.history), best_epoch=journal.best_epoch, ended=ended)
     table = table.assign(parameters=journal.parameters, seconds=round(journal.seconds))
@@ -263,6 +262,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=default.seed, help="of split, weights, order and dropout")
     try:
         asked = parser.parse_args(argv)
+        if len(asked.data) > 2:
+            raise InputError(f"--data: found {len(asked.data)} paths, expected 1 or 2")
+        if not asked.csv.is_file():
+            raise InputError(f"--csv: {asked.csv} is no file, expected one with the published figures")
         settings = run5.Settings(data=tuple(asked.data), epochs=asked.epochs, seed=asked.seed)
         dataset = run5.load_dataset(*settings.data)
         run5.check_labels(dataset)

@@ -148,5 +148,7 @@ def test_an_interrupted_run_writes_what_it_reached_and_goes_on(narrow, small_npz
 
 
 def test_bad_input_gets_one_line(tmp_path, capsys):
-    assert baselines.main(["--data", str(tmp_path / "none.npz")]) == 2
-    assert capsys.readouterr().err.startswith("rerun_baselines.py: ")
+    for options in (["--data", tmp_path / "none.npz"], ["--data", "a", "b", "c"], ["--csv", tmp_path / "none.csv"]):
+        assert baselines.main([*map(str, options)]) == 2
+        problem = capsys.readouterr().err
+        assert problem.startswith("rerun_baselines.py: ") and problem.count("\n") == 1
