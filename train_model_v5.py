@@ -108,15 +108,15 @@ GROUP_WEIGHTS = {
     (6, 3): 1.5,
 }
 
-# The epochs of a pool larger than an epoch take more rows of the groups that need more of them: (4, 4) and (5, 3) have
-# the largest error, and in the groups with m = n - k there is least to learn.
+# The epochs of a pool larger than an epoch take more rows of the groups with the largest error, and fewer of those with
+# m = n - k, where there is least to learn.
 GROUP_SHARES = {
     (4, 2): 1.0,
-    (4, 3): 1.0,
-    (4, 4): 3.0,
+    (4, 3): 1.5,
+    (4, 4): 2.0,
     (4, 5): 0.5,
-    (5, 2): 0.8,
-    (5, 3): 2.0,
+    (5, 2): 1.25,
+    (5, 3): 1.5,
     (5, 4): 0.5,
     (6, 2): 1.0,
     (6, 3): 0.5,
@@ -153,6 +153,7 @@ class Settings:
     plateau_factor: float = setting(0.7, "factor on the rate when val_loss has not fallen for plateau_patience epochs")
     plateau_patience: int = setting(15, "epochs without a lower val_loss before the rate is cut")
     stop_patience: int = setting(40, "epochs without a lower val_loss before the run ends")
+    stop_min_delta: float = setting(0.001, "how much lower val_loss must be for the stop to count it as lower")
     group_weights: dict[tuple[int, int], float] = setting(
         GROUP_WEIGHTS, "weight of a row of each (k, m) group in the training loss"
     )
@@ -363,46 +364,35 @@ def coordinate_tables(k: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(without), np.array(within)
 
 
-@lru_cache
-def exchange_tables(k: int) -> list[np.ndarray]:
-    """For d = 0, 1, ... a matrix of zeros and ones, float64 (bases, bases): one where d elements are exchanged."""
-    members = np.array([[a in basis for a in range(N)] for basis in itertools.combinations(range(N), k)], dtype=int)
-    exchanged = k - members @ members.T
-    return [(exchanged == d).astype(np.float64) for d in range(exchanged.max() + 1)]
-
-
 @keras.saving.register_keras_serializable("m_height")
 class BasisNorms(layers.Layer):
     """The code seen from each of its bases (information sets) at a time. A layer without weights.
 
-    Let A = G_B^-1 G be the systematic form at a basis B. Of each A it takes, for coordinates a outside B,
+    For a basis B and a coordinate a outside it let M[B, a] = || G_B^-1 g_a ||_1, the largest |c_a| over codewords c
+    within 1 on B, from the maximal minors of G by Cramer's rule (see data/prepare.py). Of the row M[B, .] it takes
 
-      M[B, a]   the sum of the absolute entries of column a: the largest |c_a| over codewords c within 1 on B,
-      rho_B     the largest of these,
-      R_d[B]    the sum of A's absolute d x d minors divided by that of its (d - 1) x (d - 1) minors (outside the unit
-                matrix): how far codewords within 1 on B reach in a d-th direction, roughly.
+      rho_B   the largest: how far codewords within 1 on B reach,
+      s_B     the (d - 1)-th least, d = n - k - m + 1, or 1 where that is larger: codewords within 1 / s_B on B are
+              within 1 on d - 1 coordinates more, which makes the n - m coordinates that an m-height keeps within 1.
 
-    All of it comes from the maximal minors D of G by Cramer's rule (see data/prepare.py): the d x d minors of A are
-    D(B') / D(B) for the B' that differ from B in d elements. An m-height keeps codewords within 1 on n - m coordinates,
-    d - 1 = n - k - m more than a basis has, and each of these can close one direction; so R_d is taken for this d, and
-    for d = 1 rho_B, which bounds the height of m = n - k. Permuting rows or columns of P or changing their signs only
-    changes which B and a a number belongs to, and what is returned forgets that:
+    Permuting rows or columns of P or changing their signs only changes which B and a a number belongs to, and what is
+    returned forgets that:
 
-      126      log2 R_d[B] (log2 rho_B where d is 1), sorted, the largest first, padded with 0 where there are fewer,
+      126      log2 rho_B, the largest first; 0 for singular bases and where there are fewer than 126,
+      126      log2 s_B of the same bases in the same order; 0 for m = n - k, where d = 1,
       9 x 24   for each coordinate a, quantiles of log2 M[B, a] over the bases without a,
       9 x 16   for each coordinate a, quantiles of log2 rho_B over the bases with a,
 
-    the coordinates of the second and third ordered by their mean. Logs lie within LOG2_RANGE; what is divided by 0, as
-    for a singular basis, has its upper end. How bases combine to a height, a max-min over sets of them, is not done
-    here.
+    the coordinates of the third and fourth ordered by their mean. Logs lie within LOG2_RANGE; in the quantiles singular
+    bases have its upper end. How bases combine to a height, a max-min over sets of them, is not done here.
 
     Called with k and m, integers of shape (batch, 1), and P_matrix, float64 of shape (batch, 20). Returns float32 of
-    shape (batch, 486). Minors are float64 whatever the precision policy: they reach 2.4e9 while one of 1 can decide.
+    shape (batch, 612). Minors are float64 whatever the precision policy: they reach 2.4e9 while one of 1 can decide.
     """
 
     LOG2_RANGE = (-10.0, 32.0)
     BASES, WITHOUT, WITHIN = 126, 24, 16
-    WIDTH = BASES + N * (WITHOUT + WITHIN)
+    WIDTH = 2 * BASES + N * (WITHOUT + WITHIN)
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs | {"dtype": "float64"})
@@ -424,23 +414,30 @@ class BasisNorms(layers.Layer):
         return ops.zeros((ops.shape(P)[0], self.WIDTH), "float32")
 
     def of_dimension(self, P, m, k: int):
-        """The whole view, float32 (batch, 486), as if every row had this k."""
+        """The whole view, float32 (batch, 612), as if every row had this k."""
+        bases, r = math.comb(N, k), N - k
         minors = self.minors(P, k)
         base, swap = cramer_table(N, k)
         norms = self.log2_ratio(sum(ops.take(minors, row, axis=0) for row in swap), ops.take(minors, base, axis=0))
-        rho = ops.max(ops.reshape(norms, (math.comb(N, k), N - k, -1)), axis=1)
-        reach = rho
-        sums = {d: ops.matmul(exchange_tables(k)[d], minors) for d in range(1, N - k)}
-        for d in range(2, N - k):
-            reach = ops.where(ops.equal(m[:, 0], N - k - d + 1), self.log2_ratio(sums[d], sums[d - 1]), reach)
-        falling = -ops.sort(-ops.transpose(reach))
+        rows = ops.sort(ops.reshape(norms, (bases, r, -1)), axis=1)
+        rho, s = rows[:, -1], ops.zeros_like(rows[:, -1])
+        for d in range(2, r):
+            s = ops.where(ops.equal(m[:, 0], r - d + 1), ops.maximum(rows[:, d - 2], 0.0), s)
         without, within = coordinate_tables(k)
         parts = [
-            ops.pad(falling, ((0, 0), (0, self.BASES - math.comb(N, k)))),
+            *self.by_norm(rho, s, minors > 0),
             self.by_coordinate(norms, without, self.WITHOUT),
             self.by_coordinate(rho, within, self.WITHIN),
         ]
         return ops.concatenate(parts, axis=1)
+
+    def by_norm(self, rho, s, regular):
+        """rho and s, (bases, batch), as (batch, 126): by falling rho, then rising s; zeros for singular bases."""
+        rho, s = (ops.transpose(ops.where(regular, x, 0.0)) for x in (rho, s))
+        # One number to sort by. Norms that are equal but for rounding tie in it, and s, below 64, decides.
+        order = ops.argsort(ops.cast(s, "float64") - 64 * ops.round(ops.cast(rho, "float64") * 2**16))
+        padding = ((0, 0), (0, self.BASES - rho.shape[1]))
+        return [ops.pad(ops.take_along_axis(x, order, axis=1), padding) for x in (rho, s)]
 
     def minors(self, P, k: int):
         """Absolute maximal minors of G, float64 (bases, batch), by Laplace expansion as in data/prepare.py."""
@@ -497,11 +494,37 @@ def power_of_two(x):
     return ops.power(2.0, x)
 
 
+@keras.saving.register_keras_serializable("m_height")
+class HashDropout(layers.Dropout):
+    """Keras' Dropout for inputs of shape (batch, width), with random numbers that cost little.
+
+    Drawn one after the other, those of a step take a quarter of its time on a CPU. Here each is a hash of its position,
+    the layer's seed and the step, so that they are computed where they are used.
+    """
+
+    def call(self, inputs, training=False):
+        if not training or self.rate == 0:
+            return inputs
+        seed, step = ops.unstack(ops.cast(self.seed_generator.next(), "uint32"))
+        rows, columns = (ops.arange(size, dtype="int32") for size in ops.shape(inputs))
+        position = ops.cast(rows[:, None] * inputs.shape[1] + columns, "uint32")
+        number = self.mix(position + self.mix(seed + self.mix(step)))
+        kept = number >= np.uint32(self.rate * 2**32)
+        return ops.where(kept, inputs / (1 - self.rate), 0.0)
+
+    @staticmethod
+    def mix(x):
+        """A permutation of the 32-bit numbers that leaves no trace of their order: lowbias32 of C. Wellons."""
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = ops.bitwise_xor(x, ops.right_shift(x, np.uint32(shift))) * np.uint32(factor)
+        return ops.bitwise_xor(x, ops.right_shift(x, np.uint32(16)))
+
+
 def dense_block(x, units: int, dropout: float = 0.0):
     """Dense with gelu, LayerNorm and, where the rate is not 0, Dropout."""
     x = layers.Dense(units, activation="gelu")(x)
     x = layers.LayerNormalization()(x)
-    return layers.Dropout(dropout)(x) if dropout else x
+    return HashDropout(dropout)(x) if dropout else x
 
 
 def residual_block(x, units: int, dropout: float):
@@ -772,7 +795,9 @@ def make_repeatable(seed: int) -> None:
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        tf.config.experimental.enable_op_determinism()
+        # On a CPU each operation does so in any case, and where this is asked for Keras does not compile with XLA.
+        if tf.config.list_physical_devices("GPU"):
+            tf.config.experimental.enable_op_determinism()
 
 
 def compile_network(network: keras.Model, settings: Settings) -> None:
@@ -783,7 +808,7 @@ def compile_network(network: keras.Model, settings: Settings) -> None:
         ),
         loss="mean_squared_error",
         metrics=[keras.metrics.MeanSquaredError(name="log2_mse")],
-        jit_compile=False,
+        jit_compile="auto",
     )
 
 
@@ -798,7 +823,7 @@ def train(model, dataset, seen, train_rows, rows_an_epoch: int, val_rows, settin
     compile_network(network, settings)
     remembering = [
         keras.callbacks.ReduceLROnPlateau("val_loss", settings.plateau_factor, settings.plateau_patience),
-        keras.callbacks.EarlyStopping("val_loss", patience=settings.stop_patience),
+        keras.callbacks.EarlyStopping("val_loss", settings.stop_min_delta, settings.stop_patience),
         BestModel(work / "best_model.h5", model),
     ]
     journal = Journal(work / "journal.npz", describe_run(dataset, settings), model.count_params(), remembering)
