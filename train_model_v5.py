@@ -789,26 +789,36 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def has_gpu() -> bool:
+    """Whether TensorFlow is to train on a GPU."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
 def make_repeatable(seed: int) -> None:
     """Seed initial weights and dropout, and have every operation give the same result each time."""
     keras.utils.set_random_seed(seed)
-    if keras.backend.backend() == "tensorflow":
+    if has_gpu():
         import tensorflow as tf
 
-        # On a CPU each operation does so in any case, and where this is asked for Keras does not compile with XLA.
-        if tf.config.list_physical_devices("GPU"):
-            tf.config.experimental.enable_op_determinism()
+        tf.config.experimental.enable_op_determinism()
 
 
 def compile_network(network: keras.Model, settings: Settings) -> None:
-    """Give the network its optimizer and its loss, the MSE of log2 heights."""
+    """Give the network its optimizer and its loss, the MSE of log2 heights.
+
+    A step is compiled with XLA but on a GPU, where Keras does not do so for operations that are made deterministic.
+    """
     network.compile(
         optimizer=keras.optimizers.AdamW(
             settings.learning_rate, weight_decay=settings.weight_decay, clipnorm=settings.clipnorm
         ),
         loss="mean_squared_error",
         metrics=[keras.metrics.MeanSquaredError(name="log2_mse")],
-        jit_compile="auto",
+        jit_compile=not has_gpu(),
     )
 
 
