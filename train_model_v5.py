@@ -419,21 +419,23 @@ class BasisNorms(layers.Layer):
         minors = self.minors(P, k)
         base, swap = cramer_table(N, k)
         norms = self.log2_ratio(sum(ops.take(minors, row, axis=0) for row in swap), ops.take(minors, base, axis=0))
-        rows = ops.sort(ops.reshape(norms, (bases, r, -1)), axis=1)
-        rho, s = rows[:, -1], ops.zeros_like(rows[:, -1])
+        rising = ops.unstack(ops.reshape(norms, (bases, r, -1)), axis=1)
+        for i, j in itertools.combinations(range(r), 2):
+            rising[i], rising[j] = ops.minimum(rising[i], rising[j]), ops.maximum(rising[i], rising[j])
+        rho, s = rising[-1], ops.zeros_like(rising[-1])
         for d in range(2, r):
-            s = ops.where(ops.equal(m[:, 0], r - d + 1), ops.maximum(rows[:, d - 2], 0.0), s)
+            s = ops.where(ops.equal(m[:, 0], r - d + 1), ops.maximum(rising[d - 2], 0.0), s)
         without, within = coordinate_tables(k)
         parts = [
-            *self.by_norm(rho, s, minors > 0),
+            *self.by_norm(rho, s),
             self.by_coordinate(norms, without, self.WITHOUT),
             self.by_coordinate(rho, within, self.WITHIN),
         ]
         return ops.concatenate(parts, axis=1)
 
-    def by_norm(self, rho, s, regular):
+    def by_norm(self, rho, s):
         """rho and s, (bases, batch), as (batch, 126): by falling rho, then rising s; zeros for singular bases."""
-        rho, s = (ops.transpose(ops.where(regular, x, 0.0)) for x in (rho, s))
+        rho, s = (ops.transpose(ops.where(rho < self.LOG2_RANGE[1], x, 0.0)) for x in (rho, s))
         # One number to sort by. Norms that are equal but for rounding tie in it, and s, below 64, decides.
         order = ops.argsort(ops.cast(s, "float64") - 64 * ops.round(ops.cast(rho, "float64") * 2**16))
         padding = ((0, 0), (0, self.BASES - rho.shape[1]))
