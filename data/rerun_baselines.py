@@ -43,7 +43,7 @@ def dense(x, units: int, dropout: float = 0.0, norm: bool = True):
     """Dense with gelu, then BatchNormalization and Dropout where they are asked for."""
     x = layers.Dense(units, activation="gelu")(x)
     x = layers.BatchNormalization()(x) if norm else x
-    return layers.Dropout(dropout)(x) if dropout else x
+    return run5.HashDropout(dropout)(x) if dropout else x
 
 
 def residual(x, dropout: float):
@@ -91,7 +91,7 @@ def build_run4(scaler) -> keras.Model:
     x = dense(layers.Concatenate()([inputs[0], k, m, layers.Dot(1)([gate, stacked])]), 1024, 0.45)
     for _ in range(3):
         x = residual(x, 0.4)
-    x = layers.Dropout(0.2)(dense(dense(x, 512, 0.3), 256, norm=False))
+    x = run5.HashDropout(0.2)(dense(dense(x, 512, 0.3), 256, norm=False))
     return keras.Model(inputs, layers.Activation("softplus")(layers.Dense(1)(x)), name="log2_height")
 
 
@@ -191,7 +191,8 @@ def train_recipe(recipe: Recipe, dataset, train_rows, val_rows, settings, work: 
     seen = run5.see(dataset, "raw")
     model = run5.height_model(recipe.build(run5.fit_scaler(seen, train_rows)), "raw")
     network = model.get_layer("log2_height")
-    network.compile(keras.optimizers.AdamW(recipe.rate, weight_decay=recipe.weight_decay), "mse", jit_compile=False)
+    optimizer = keras.optimizers.AdamW(recipe.rate, weight_decay=recipe.weight_decay)
+    network.compile(optimizer, "mse", jit_compile=not run5.has_gpu())
     factor, patience, least = recipe.plateau
     remembering = [
         keras.callbacks.ReduceLROnPlateau("val_loss", factor, patience, min_lr=least),

@@ -324,8 +324,8 @@ def test_labelling_refuses_bad_options_in_one_line(tmp_path, monkeypatch, capsys
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.h5"
-    scaler = run5.fit_scaler(np.random.default_rng(0).normal(size=(50, 486)), np.arange(50))
-    run5.height_model(run5.build_network(486, scaler), "basis").save(path)
+    scaler = run5.fit_scaler(np.random.default_rng(0).normal(size=(50, run5.BasisNorms.WIDTH)), np.arange(50))
+    run5.height_model(run5.build_network(run5.BasisNorms.WIDTH, scaler), "basis").save(path)
     return path
 
 
