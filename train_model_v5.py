@@ -435,7 +435,8 @@ class BasisNorms(layers.Layer):
 
     def by_norm(self, rho, s):
         """rho and s, (bases, batch), as (batch, 126): by falling rho, then rising s; zeros for singular bases."""
-        rho, s = (ops.transpose(ops.where(rho < self.LOG2_RANGE[1], x, 0.0)) for x in (rho, s))
+        regular = rho < self.LOG2_RANGE[1]
+        rho, s = (ops.transpose(ops.where(regular, x, 0.0)) for x in (rho, s))
         # One number to sort by. Norms that are equal but for rounding tie in it, and s, below 64, decides.
         order = ops.argsort(ops.cast(s, "float64") - 64 * ops.round(ops.cast(rho, "float64") * 2**16))
         padding = ((0, 0), (0, self.BASES - rho.shape[1]))
