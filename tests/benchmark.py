@@ -74,36 +74,41 @@ def some_of_the_dataset():
     return dataset, seen, rows[: STEPS * settings.batch_size], settings
 
 
-def as_the_script_trains() -> Callable[[], int]:
+class StepEnds(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None) -> None:
+        self.times = []
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        self.times.append(time.perf_counter())
+
+
+def fit_rate(network: keras.Model, *data, **options) -> float:
+    """Rows a second by the median step: `fit` takes seconds to end, once, which would weigh in a short one."""
+    ends = StepEnds()
+    network.fit(*data, verbose=0, callbacks=[ends], **options)
+    return run5.Settings().batch_size / np.median(np.diff(ends.times))
+
+
+def as_the_script_trains() -> Callable[[], float]:
     run5.make_repeatable(42)
     dataset, seen, rows, settings = some_of_the_dataset()
     network = run5.build_network(seen.shape[1], run5.fit_scaler(seen, rows))
     run5.compile_network(network, settings)
     stream = run5.batches(dataset, seen, rows, len(rows), settings)
-
-    def work() -> int:
-        network.fit(stream, steps_per_epoch=STEPS, shuffle=False, verbose=0)
-        return len(rows)
-
-    return work
+    return lambda: fit_rate(network, stream, steps_per_epoch=STEPS, shuffle=False)
 
 
-def as_plain_keras_trains() -> Callable[[], int]:
+def as_plain_keras_trains() -> Callable[[], float]:
     """The same layers with Keras' own Dropout, steps not compiled."""
     run5.HashDropout = keras.layers.Dropout
     dataset, seen, rows, settings = some_of_the_dataset()
     network = run5.build_network(seen.shape[1], run5.fit_scaler(seen, rows))
     network.compile(keras.optimizers.AdamW(1e-3, weight_decay=1e-4, clipnorm=1.0), "mse", jit_compile=False)
     inputs, target = run5.network_inputs(dataset, seen, rows), dataset.log2_height[rows, None]
-
-    def work() -> int:
-        network.fit(inputs, target, batch_size=settings.batch_size, verbose=0)
-        return len(rows)
-
-    return work
+    return lambda: fit_rate(network, inputs, target, batch_size=settings.batch_size)
 
 
-def matrix_products_alone() -> Callable[[], int]:
+def matrix_products_alone() -> Callable[[], float]:
     """The products of each step, forward and backward, by NumPy on all cores."""
     width = run5.BasisNorms.WIDTH
     network = run5.build_network(width, keras.layers.Normalization(mean=[0.0] * width, variance=[1.0] * width))
@@ -118,7 +123,7 @@ def matrix_products_alone() -> Callable[[], int]:
                 y @ weight.T
         return STEPS * 256
 
-    return work
+    return lambda: rate(work)
 
 
 WAYS = {"script": as_the_script_trains, "plain": as_plain_keras_trains, "products": matrix_products_alone}
@@ -126,9 +131,9 @@ WAYS = {"script": as_the_script_trains, "plain": as_plain_keras_trains, "product
 
 def serve(way: str) -> None:
     """A reading for every line on stdin. Each way has a process of its own: TensorFlow's settings are global."""
-    work = WAYS[way]()
+    reading = WAYS[way]()
     for _ in sys.stdin:
-        print(rate(work), flush=True)
+        print(reading(), flush=True)
 
 
 def training(repeats: int) -> list[str]:
