@@ -419,6 +419,7 @@ class BasisNorms(layers.Layer):
         minors = self.minors(P, k)
         base, swap = cramer_table(N, k)
         norms = self.log2_ratio(sum(ops.take(minors, row, axis=0) for row in swap), ops.take(minors, base, axis=0))
+        # Sorted by exchanges: TensorFlow's own sort is slow where rows are short.
         rising = ops.unstack(ops.reshape(norms, (bases, r, -1)), axis=1)
         for i, j in itertools.combinations(range(r), 2):
             rising[i], rising[j] = ops.minimum(rising[i], rising[j]), ops.maximum(rising[i], rising[j])
@@ -813,7 +814,7 @@ def make_repeatable(seed: int) -> None:
 def compile_network(network: keras.Model, settings: Settings) -> None:
     """Give the network its optimizer and its loss, the MSE of log2 heights.
 
-    A step is compiled with XLA but on a GPU, where Keras does not do so for operations that are made deterministic.
+    A step is compiled with XLA, except on a GPU: Keras does not compile what is made deterministic there.
     """
     network.compile(
         optimizer=keras.optimizers.AdamW(
