@@ -12,6 +12,7 @@ on a third of the codes, each three times, rows split at random, which is how th
 """
 
 import json
+import logging
 import math
 import shutil
 import sys
@@ -29,7 +30,7 @@ from data.prepare import GROUPS, InputError, OneLineParser, write_whole
 import keras  # isort: skip  (TensorFlow's settings, which the script makes, come first)
 import numpy as np
 import pandas as pd
-from keras import layers
+from keras import layers, ops
 from sklearn.model_selection import train_test_split
 
 COLUMNS = ["run", "source", "k", "m", "log2_mse", "n", "epochs", "best_epoch", "ended", "parameters", "seconds"]
@@ -51,10 +52,31 @@ def residual(x, dropout: float):
     return layers.Add()([dense(dense(x, 1024, dropout), 1024), x])
 
 
+@keras.saving.register_keras_serializable("m_height")
+class LoneAttention(layers.MultiHeadAttention):
+    """Keras' self-attention for sequences of length 1, (batch, 1, width), in two matrix products.
+
+    The softmax is over one score, so it is 1 whatever query and key are. Their kernels stay, for the count of
+    parameters, but nothing depends on them: in Keras' layer too no gradient reaches them. Dropout takes whole heads.
+    """
+
+    def build(self, query_shape, value_shape, key_shape=None) -> None:
+        super().build(query_shape, value_shape, key_shape)
+        self.query_dense.trainable = self.key_dense.trainable = False
+        self.heads_kept = run5.HashDropout(self.dropout)
+
+    def call(self, query, value, key=None, training=False):
+        heads, width = self.num_heads, self.num_heads * self.key_dim
+        kept = self.heads_kept(ops.ones((ops.shape(value)[0], heads)), training=training)
+        x = ops.matmul(value[:, 0], ops.reshape(self.value_dense.kernel, (-1, width)))
+        x = (x + ops.reshape(self.value_dense.bias, (width,))) * ops.repeat(kept, self.key_dim, axis=1)
+        return (ops.matmul(x, ops.reshape(self.output_dense.kernel, (width, -1))) + self.output_dense.bias)[:, None]
+
+
 def attention(x, heads: int, width: int, dropout: float):
     """Self-attention over a vector as a sequence of length 1."""
     x = layers.Reshape((1, x.shape[1]))(x)
-    x = layers.MultiHeadAttention(heads, width, dropout=dropout)(x, x)
+    x = LoneAttention(heads, width, dropout=dropout)(x, x)
     return layers.Reshape((x.shape[2],))(x)
 
 
@@ -261,6 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=run5.HERE / "data" / "baselines.csv", help="where the rows go")
     parser.add_argument("--epochs", type=int, default=default.epochs, help="at most this many, and what a run has")
     parser.add_argument("--seed", type=int, default=default.seed, help="of split, weights, order and dropout")
+    logging.getLogger("absl").setLevel("ERROR")  # As in train_model_v5.py: Keras calls h5 an old format.
     try:
         asked = parser.parse_args(argv)
         if len(asked.data) > 2:
