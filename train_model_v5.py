@@ -329,6 +329,8 @@ def add_drawn(dataset: Dataset, train_rows: np.ndarray, drawn: int, seed: int) -
         name: np.concatenate([getattr(dataset, name), getattr(more, name)[new]]) for name in ("k", "m", "P", "height")
     }
     pool = Dataset(**both, source=dataset.source, sha256=dataset.sha256)
+    # Known already; to make the digests again takes seconds.
+    vars(pool)["key"] = np.concatenate([dataset.key, more.key[new]])
     return pool, np.concatenate([train_rows, np.arange(len(dataset), len(pool))])
 
 
@@ -362,6 +364,17 @@ def coordinate_tables(k: int) -> tuple[np.ndarray, np.ndarray]:
     without = [np.flatnonzero(outside == a) for a in range(N)]
     within = [[i for i, basis in enumerate(bases) if a in basis] for a in range(N)]
     return np.array(without), np.array(within)
+
+
+def by_rows(sort, x):
+    """ops.sort or ops.argsort along the last axis. On a CPU NumPy does it, in a tenth of TensorFlow's time."""
+    if keras.backend.backend() != "tensorflow" or has_gpu():
+        return sort(x)
+    import tensorflow as tf
+
+    stably = partial(np.argsort, kind="stable")
+    done, dtype = (np.sort, x.dtype) if sort is ops.sort else (stably, "int64")
+    return tf.ensure_shape(tf.numpy_function(done, [x], dtype, stateful=False), x.shape)
 
 
 @keras.saving.register_keras_serializable("m_height")
@@ -439,7 +452,7 @@ class BasisNorms(layers.Layer):
         regular = rho < self.LOG2_RANGE[1]
         rho, s = (ops.transpose(ops.where(regular, x, 0.0)) for x in (rho, s))
         # One number to sort by. Norms that are equal but for rounding tie in it, and s, below 64, decides.
-        order = ops.argsort(ops.cast(s, "float64") - 64 * ops.round(ops.cast(rho, "float64") * 2**16))
+        order = by_rows(ops.argsort, ops.cast(s, "float64") - 64 * ops.round(ops.cast(rho, "float64") * 2**16))
         padding = ((0, 0), (0, self.BASES - rho.shape[1]))
         return [ops.pad(ops.take_along_axis(x, order, axis=1), padding) for x in (rho, s)]
 
@@ -462,10 +475,10 @@ class BasisNorms(layers.Layer):
     def by_coordinate(self, values, table: np.ndarray, quantiles: int):
         """Even order statistics of values, (rows, batch), for each row of the table: (batch, 9 x quantiles)."""
         rows = ops.reshape(ops.take(values, table.ravel(), axis=0), (*table.shape, -1))
-        ranked = ops.sort(ops.transpose(rows, (2, 0, 1)))
+        ranked = by_rows(ops.sort, ops.transpose(rows, (2, 0, 1)))
         picked = ops.take(ranked, np.rint(np.linspace(0, table.shape[1] - 1, quantiles)).astype(int), axis=2)
         # The mean is in float64, so that only coordinates that are alike tie, and the order they came in is forgotten.
-        order = ops.argsort(ops.mean(ops.cast(picked, "float64"), axis=2))
+        order = by_rows(ops.argsort, ops.mean(ops.cast(picked, "float64"), axis=2))
         return ops.reshape(ops.take_along_axis(picked, order[:, :, None], axis=1), (-1, N * quantiles))
 
 
@@ -511,6 +524,7 @@ class HashDropout(layers.Dropout):
             return inputs
         seed, step = ops.unstack(ops.cast(self.seed_generator.next(), "uint32"))
         rows, columns = (ops.arange(size, dtype="int32") for size in ops.shape(inputs))
+        rows = rows + devices()[0] * ops.shape(inputs)[0]
         position = ops.cast(rows[:, None] * inputs.shape[1] + columns, "uint32")
         number = self.mix(position + self.mix(seed + self.mix(step)))
         kept = number >= np.uint32(self.rate * 2**32)
@@ -802,6 +816,40 @@ def has_gpu() -> bool:
     return bool(tf.config.list_physical_devices("GPU"))
 
 
+def all_gpus():
+    """What to build and train in: tf.distribute's MirroredStrategy on two or more GPUs, its one-device default else."""
+    import tensorflow as tf
+
+    several = len(tf.config.list_physical_devices("GPU")) > 1
+    return tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
+
+
+def devices() -> tuple:
+    """Where several devices have a share of each batch: the number of this one, from 0, and how many they are."""
+    if keras.backend.backend() != "tensorflow":
+        return 0, 1
+    import tensorflow as tf
+
+    count = tf.distribute.get_strategy().num_replicas_in_sync
+    here = tf.distribute.get_replica_context()
+    return (here.replica_id_in_sync_group if here and count > 1 else 0), count
+
+
+class AdamW(keras.optimizers.AdamW):
+    """Keras' AdamW. Where several devices have a share of a batch each, Keras clips the gradient of each share; this
+    clips that of the whole batch, as on one device."""
+
+    def _clip_gradients(self, grads):
+        count = devices()[1]
+        if count == 1:
+            return super()._clip_gradients(grads)
+        import tensorflow as tf
+
+        whole = tf.distribute.get_replica_context().all_reduce("sum", list(grads))
+        # Keras goes on to sum over the devices.
+        return [tf.math.scalar_mul(1 / count, g) for g in super()._clip_gradients(whole)]
+
+
 def make_repeatable(seed: int) -> None:
     """Seed initial weights and dropout, and have every operation give the same result each time."""
     keras.utils.set_random_seed(seed)
@@ -814,15 +862,13 @@ def make_repeatable(seed: int) -> None:
 def compile_network(network: keras.Model, settings: Settings) -> None:
     """Give the network its optimizer and its loss, the MSE of log2 heights.
 
-    A step is compiled with XLA, except on a GPU: Keras does not compile what is made deterministic there.
+    A step is compiled with XLA, except on GPUs: Keras does not compile what is made deterministic there.
     """
     network.compile(
-        optimizer=keras.optimizers.AdamW(
-            settings.learning_rate, weight_decay=settings.weight_decay, clipnorm=settings.clipnorm
-        ),
+        optimizer=AdamW(settings.learning_rate, weight_decay=settings.weight_decay, clipnorm=settings.clipnorm),
         loss="mean_squared_error",
         metrics=[keras.metrics.MeanSquaredError(name="log2_mse")],
-        jit_compile=not has_gpu(),
+        jit_compile=not has_gpu() and devices()[1] == 1,
     )
 
 
@@ -869,9 +915,12 @@ def fit_resumably(network, journal: Journal, stream, steps: int, validation, epo
     if journal.finished:
         return
     first_epoch = len(journal.history)
+    batches_to_come = stream(first_epoch)
+    if devices()[1] > 1:
+        batches_to_come = from_the_start_again(partial(stream, first_epoch))
     with ends_after_the_epoch(journal):
         network.fit(
-            stream(first_epoch),
+            batches_to_come,
             steps_per_epoch=steps,
             initial_epoch=first_epoch,
             epochs=epochs,
@@ -881,6 +930,17 @@ def fit_resumably(network, journal: Journal, stream, steps: int, validation, epo
             shuffle=False,
             verbose=1 if sys.stdout.isatty() else 0,
         )
+
+
+def from_the_start_again(stream):
+    """The batches of `stream`, a function without arguments, as a tf.data.Dataset.
+
+    For several devices Keras takes a batch to build the model and begins anew, which a generator cannot.
+    """
+    import tensorflow as tf
+
+    signature = tf.nest.map_structure(lambda x: tf.TensorSpec((None, *x.shape[1:]), x.dtype), next(stream()))
+    return tf.data.Dataset.from_generator(stream, output_signature=signature)
 
 
 # --- report ---------------------------------------------------------------------------------------------------------
@@ -1213,10 +1273,11 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
         work.mkdir(exist_ok=True)
         make_repeatable(settings.seed)
         seen = see(pool, settings.features)
-        network = build_network(seen.shape[1], fit_scaler(seen, train_rows))
-        model = height_model(network, settings.features)
-        print(f"{model.count_params():,} parameters, {len(own_rows):,} rows an epoch", flush=True)
-        journal = train(model, pool, seen, train_rows, len(own_rows), val_rows, settings, work)
+        with all_gpus().scope():
+            network = build_network(seen.shape[1], fit_scaler(seen, train_rows))
+            model = height_model(network, settings.features)
+            print(f"{model.count_params():,} parameters, {len(own_rows):,} rows an epoch", flush=True)
+            journal = train(model, pool, seen, train_rows, len(own_rows), val_rows, settings, work)
         if journal.diverged:
             print(
                 f"the loss became NaN or infinite in epoch {len(journal.history) + 1}: look for extreme heights in the "

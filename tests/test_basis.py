@@ -137,6 +137,15 @@ def test_a_code_is_seen_alike_in_any_company():
     assert (together[2::3, 84:126] == 0).all() and (together[2::3, 210:252] == 0).all()
 
 
+@pytest.mark.parametrize("k", KS)
+def test_sorted_by_numpy_or_by_keras_it_is_the_same_to_the_bit(k, monkeypatch):
+    """A GPU sorts by Keras what was learned on a CPU. Small entries, so that there are many ties."""
+    codes = draw_codes(np.random.default_rng(k), 60, k, 9 - k) % 4
+    by_numpy = seen(*codes)
+    monkeypatch.setattr(run5, "has_gpu", lambda: True)
+    np.testing.assert_array_equal(seen(*codes), by_numpy)
+
+
 def test_precision_policy_does_not_reach_into_the_layer():
     P = np.random.default_rng(1).integers(-100, 101, size=(20, 4, 5))
     expected = seen(*P)
@@ -187,6 +196,13 @@ def test_drawn_codes_are_new_labelled_exactly_and_follow_from_the_seed(small_npz
     run5.check_labels(pool)
     np.testing.assert_array_equal(run5.add_drawn(dataset, train_rows, 4, seed=42)[0].P, pool.P)
     assert (run5.add_drawn(dataset, train_rows, 4, seed=43)[0].P[drawn[:100]] != pool.P[drawn[:100]]).any()
+
+
+def test_the_keys_of_the_pool_are_those_of_its_codes(small_npz):
+    dataset = run5.load_dataset(small_npz)
+    pool, _ = run5.add_drawn(dataset, np.arange(0, 360, 2), 3, seed=7)
+    afresh = run5.Dataset(pool.k, pool.m, pool.P, pool.height)
+    np.testing.assert_array_equal(pool.key, afresh.key)
 
 
 def test_a_code_of_the_dataset_is_not_drawn_again(small_npz, monkeypatch):
