@@ -33,6 +33,42 @@ def test_networks_have_the_parameters_of_the_runs():
     assert baselines.build_run4(scaler()).count_params() == expected == 15_940_548
 
 
+def test_lone_attention_is_keras_attention_over_one_vector():
+    """Without dropout: outputs, and gradients, where what query and key get from Keras is rounding."""
+    results = []
+    x = keras.random.normal((5, 1, 10), seed=1)
+    for kind in (keras.layers.MultiHeadAttention, baselines.LoneAttention):
+        layer = kind(4, 6)
+        layer(x, x)
+        learned = {variable.path.split("/", 1)[1]: variable for variable in layer.weights}
+        for i, name in enumerate(sorted(learned)):
+            learned[name].assign(keras.random.normal(learned[name].shape, seed=i))
+        with tf.GradientTape() as tape:
+            y = layer(x, x, training=True)
+            loss = tf.reduce_sum(y**3)
+        gradients = tape.gradient(loss, {name: v.value for name, v in learned.items()}, unconnected_gradients="zero")
+        results.append({"output": y} | gradients)
+    assert sorted(results[0]) == sorted(results[1]) and len(results[0]) == 9
+    largest = max(np.abs(x).max() for x in results[0].values())
+    for name, expected in results[0].items():
+        np.testing.assert_allclose(results[1][name], expected, atol=1e-5 * largest, err_msg=name)
+
+
+def test_lone_attention_drops_whole_heads_as_often_as_it_is_to():
+    layer = baselines.LoneAttention(4, 6, dropout=0.25)
+    x = keras.random.normal((2000, 1, 10), seed=1)
+    layer(x, x)
+    layer.output_dense.kernel.assign(keras.ops.reshape(keras.ops.eye(24, 10), (4, 6, 10)))
+    layer.output_dense.bias.assign(keras.ops.zeros(10))
+    whole = np.asarray(layer(x, x))[:, 0]
+    ratio = np.asarray(layer(x, x, training=True))[:, 0] / whole
+    first, second = ratio[:, :6], ratio[:, 6:]
+    for head in (first, second):
+        np.testing.assert_allclose(head, np.repeat(head[:, :1], head.shape[1], axis=1), rtol=1e-3)
+        assert 0.22 < (head[:, 0] == 0).mean() < 0.28
+        np.testing.assert_allclose(head[head != 0], 1 / 0.75, rtol=1e-3)
+
+
 def test_recipes_are_those_of_the_runs():
     run2, run4 = baselines.RUN2, baselines.RUN4
     assert (run2.rate, run2.weight_decay, run2.stop_patience, run2.plateau) == (5e-4, 1e-3, 30, (0.5, 20, 1e-6))
