@@ -90,6 +90,9 @@ MEASURED = {"Run 2": "R2", "Run 4": "R4", "Run 4, curriculum in force": "R4 curr
 # Heights that agree to this much in log2 are the same: files may have been labelled by a numerical solver.
 LABEL_TOLERANCE = 1e-4
 
+# Keras' names for what the network may be trained in.
+PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+
 # Exit status after Ctrl-C, as shells have it.
 INTERRUPTED = 130
 
@@ -141,6 +144,9 @@ class Settings:
         "basis", "what the network sees of P: basis, norms of its code's bases; raw, its 20 numbers"
     )
     drawn: int = setting(4, "codes drawn for training beside each training row of the dataset; an epoch stays as long")
+    precision: str = setting(
+        "float32", "of the network's products: float32, or bfloat16 (weights stay float32) on hardware that has it"
+    )
     epochs: int = setting(250, "passes over the training rows, at most")
     batch_size: int = setting(256, "rows in one optimizer step")
     seed: int = setting(42, "seed of the split, the drawn codes, the initial weights, the order of the rows, dropout")
@@ -167,6 +173,8 @@ class Settings:
                 raise InputError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected {least} or more")
         if self.features not in FEATURES:
             raise InputError(f"--features: found {self.features}, expected {' or '.join(FEATURES)}")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"--precision: found {self.precision}, expected {' or '.join(PRECISIONS)}")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed: found {self.seed}, expected 0 to 2^32 - 1")
 
@@ -486,6 +494,9 @@ class BasisNorms(layers.Layer):
 class RawP(layers.Layer):
     """The 20 numbers of P as they are. Called as BasisNorms; returns float32 of shape (batch, 20)."""
 
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs | {"dtype": "float64"})
+
     def call(self, k, m, P_matrix):
         return ops.cast(P_matrix, "float32")
 
@@ -569,18 +580,19 @@ def fit_scaler(seen: np.ndarray, rows: np.ndarray) -> layers.Layer:
     scaler = StandardScaler()
     for start in range(0, len(rows), PREDICTION_BATCH):
         scaler.partial_fit(seen[rows[start : start + PREDICTION_BATCH]])
-    return layers.Normalization(mean=scaler.mean_.tolist(), variance=(scaler.scale_**2).tolist(), name="P_scaled")
+    mean, variance = scaler.mean_.tolist(), (scaler.scale_**2).tolist()
+    return layers.Normalization(mean=mean, variance=variance, dtype="float32", name="P_scaled")
 
 
 def build_network(width: int, scaler: layers.Layer) -> keras.Model:
     """The Run 5 network, which is what is trained.
 
     Takes n, k, m, each of shape (batch, 1), and P_seen, what it sees of P, (batch, width). Gives log2 heights, (batch,
-    1).
+    1). Where Keras' policy is another precision, what comes in is still scaled and what goes out computed in float32.
     """
     n, k, m = (layers.Input((1,), name=name, dtype="int32") for name in ("n", "k", "m"))
     P_seen = layers.Input((width,), name="P_seen")
-    P_scaled = layers.Activation(within_eight)(scaler(P_seen))
+    P_scaled = layers.Activation(within_eight, dtype="float32")(scaler(P_seen))
 
     k_embedded = layers.Reshape((32,))(layers.Embedding(7, 32, name="k_embedding")(k))
     m_embedded = layers.Reshape((32,))(layers.Embedding(6, 32, name="m_embedding")(m))
@@ -594,8 +606,8 @@ def build_network(width: int, scaler: layers.Layer) -> keras.Model:
     x = dense_block(x, 512, dropout=0.2)
     x = dense_block(x, 256, dropout=0.1)
     x = dense_block(x, 128, dropout=0.1)
-    x = layers.Dense(1)(x)
-    log2_height = layers.Activation("softplus")(x)
+    x = layers.Dense(1, dtype="float32")(x)
+    log2_height = layers.Activation("softplus", dtype="float32")(x)
     return keras.Model([n, k, m, P_seen], log2_height, name="log2_height")
 
 
@@ -607,7 +619,8 @@ def height_model(network: keras.Model, features: str) -> keras.Model:
     n, k, m = (layers.Input((1,), name=name, dtype="int32") for name in ("n", "k", "m"))
     P_matrix = layers.Input((P_WIDTH,), name="P_matrix", dtype="float64")
     log2_height = network([n, k, m, FEATURES[features](name="P_seen")(k, m, P_matrix)])
-    return keras.Model([n, k, m, P_matrix], layers.Activation(power_of_two, name="height")(log2_height), name="run5")
+    height = layers.Activation(power_of_two, dtype="float32", name="height")(log2_height)
+    return keras.Model([n, k, m, P_matrix], height, name="run5")
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -1112,7 +1125,7 @@ def report_text(results: dict) -> str:
         "drawn codes": f"{results['drawn_rows']:,} more for training; an epoch takes {results['rows_an_epoch']:,} rows"
         + (", more of some groups (group_shares in metrics.json)" if results["drawn_rows"] else ""),
         "input": f"{INPUT_NOTE[run['features']]}, scaled on training rows",
-        "parameters": f"{results['parameters']:,}",
+        "parameters": f"{results['parameters']:,}, trained in {run['precision']}",
         "seed, batch": f"{run['seed']}, {run['batch_size']}",
         "versions": ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
         "machine": results["machine"],
@@ -1272,6 +1285,7 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(exist_ok=True)
         make_repeatable(settings.seed)
+        keras.config.set_dtype_policy(PRECISIONS[settings.precision])
         seen = see(pool, settings.features)
         with all_gpus().scope():
             network = build_network(seen.shape[1], fit_scaler(seen, train_rows))
@@ -1314,7 +1328,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, Namesp
     """The settings, and what is asked for beside them: fresh, trust_labels, predict, heights, model."""
     parser = OneLineParser(description="Train the Run 5 model and compare it with Run 2 and Run 4, or predict with it.")
     for option in fields(Settings):
-        if option.name in ("data", "output", "features", "drawn", "epochs", "batch_size", "seed"):
+        if option.name in ("data", "output", "features", "drawn", "precision", "epochs", "batch_size", "seed"):
             default, about = option.default_factory(), {"type": option.type}
             shown = default
             if option.name == "data":

@@ -85,6 +85,35 @@ def test_dropout_is_there_in_training_alone_and_follows_from_the_seed():
     np.testing.assert_array_equal(run5.HashDropout(0.0)(x, training=True), x)
 
 
+@pytest.mark.parametrize("features", ["basis", "raw"])
+def test_in_bfloat16_what_comes_in_and_what_goes_out_are_float32(dataset, features, tmp_path):
+    seen = run5.see(dataset, features)
+    rows = np.arange(0, len(dataset), 3)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        scaler = run5.fit_scaler(seen, np.arange(len(seen)))
+        model = run5.height_model(run5.build_network(seen.shape[1], scaler), features)
+        np.testing.assert_array_equal(run5.see(dataset, features), seen)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    network = model.get_layer("log2_height")
+    of = {type(layer).__name__: layer for layer in network.layers}
+    assert of["Add"].compute_dtype == of["HashDropout"].compute_dtype == "bfloat16"
+    assert {variable.dtype for variable in network.trainable_variables} == {"float32"}
+    scaled = keras.Model(network.inputs, network.get_layer("P_scaled").output)
+    expected = (seen[rows] - seen.mean(axis=0)) / np.maximum(seen.std(axis=0), 1e-7)
+    found = scaled.predict(run5.network_inputs(dataset, seen, rows), verbose=0)
+    varies = seen.std(axis=0) > 1e-3
+    np.testing.assert_allclose(found[:, varies], expected[:, varies], rtol=1e-3, atol=1e-3)
+    log2 = network.predict(run5.network_inputs(dataset, seen, rows), verbose=0)
+    heights = model.predict(run5.model_inputs(dataset, rows), verbose=0)
+    assert log2.dtype == heights.dtype == np.float32
+    np.testing.assert_allclose(np.log2(heights), log2, atol=1e-4)
+    model.save(tmp_path / "model.h5")
+    again = run5.load_trained(tmp_path / "model.h5").predict(run5.model_inputs(dataset, rows), verbose=0)
+    np.testing.assert_array_equal(again, heights)
+
+
 def test_height_is_two_to_the_softplus(model, dataset, seen):
     rows = np.arange(50)
     heights = model.predict(run5.model_inputs(dataset, rows), verbose=0)

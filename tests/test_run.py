@@ -116,12 +116,17 @@ def test_report_says_what_was_run_and_how_it_compares(finished, metrics):
     assert means["easy"]["run5"] == pytest.approx(np.mean(easy))
 
 
-def test_the_literal_20_numbers_and_no_drawn_codes_when_asked_for(tmp_path, small_npz):
+def test_the_literal_20_numbers_bfloat16_and_no_drawn_codes_when_asked_for(tmp_path, small_npz):
     arguments = ["--data", small_npz, "--output", tmp_path, "--epochs", "1", "--features", "raw", "--drawn", "0"]
-    process = run_script(*arguments)
+    process = run_script(*arguments, "--precision", "bfloat16")
     assert process.returncode == 0, process.stderr
     report = (tmp_path / "detailed_comparison.txt").read_text()
-    for said in ("the 20 numbers of P (--features raw)", "360: 306 training", "0 more for training", "5,630,369"):
+    for said in (
+        "the 20 numbers of P (--features raw)",
+        "360: 306 training",
+        "0 more for training",
+        "5,630,369, trained in bfloat16",
+    ):
         assert said in report
     process = run_script("--output", tmp_path, "--predict", small_npz)
     assert process.returncode == 0, process.stderr
