@@ -970,11 +970,12 @@ def predict_heights(model: keras.Model, codes: Dataset | Codes, rows: np.ndarray
     return height[rows]
 
 
-def read_baselines(dataset: Dataset, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Two tables of log2-MSE by k and m (index) and run (columns): published, and measured here.
+def read_baselines(dataset: Dataset, seed: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Two tables of log2-MSE by k and m (index) and run (columns), published and measured here; then the latter's runs.
 
     The first has Run 2 and Run 4; the second what data/rerun_baselines.py measured on this dataset and the split of
-    this seed, of MEASURED, no columns if nothing. Raises InputError if the file or a published figure is not there.
+    this seed, of MEASURED, no columns if nothing. The third has a row for each column of the second: parameters,
+    epochs, best_epoch, ended. Raises InputError if the file or a published figure is not there.
     """
     path = HERE / "data" / "baselines.csv"
     try:
@@ -983,10 +984,12 @@ def read_baselines(dataset: Dataset, seed: int) -> tuple[pd.DataFrame, pd.DataFr
         published = published.loc[list(GROUPS), ["Run 2", "Run 4"]].astype(float)
         here = rows[(rows["source"] == "measured") & (rows["dataset"] == dataset.sha256) & (rows["seed"] == seed)]
         measured = here.pivot(index=["k", "m"], columns="run", values="log2_mse").reindex(list(GROUPS)).astype(float)
+        runs = here.drop_duplicates("run").set_index("run")[["parameters", "epochs", "best_epoch", "ended"]]
     except (OSError, ValueError, KeyError, pd.errors.UndefinedVariableError) as error:
         problem = " ".join(str(error).split())
         raise InputError(f"{path}: expected published Run 2 and Run 4 figures of the nine groups ({problem})") from None
-    return published, measured[[run for run in MEASURED if run in measured]]
+    names = [run for run in MEASURED if run in measured]
+    return published, measured[names], runs.loc[names].astype({"parameters": int, "epochs": int, "best_epoch": int})
 
 
 def group_errors(k, m, true: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
@@ -1023,7 +1026,7 @@ def describe_results(
     pool: the dataset with the drawn codes after its rows. predicted: log2 heights of the validation rows. baselines: as
     from read_baselines.
     """
-    published, measured = baselines
+    published, measured, runs = baselines
     groups, tiers = compare(dataset, val_rows, predicted, published)
     return {
         "dataset": {"file": dataset.source, "sha256": dataset.sha256, "rows": len(dataset), "repeats": dataset.repeats},
@@ -1045,6 +1048,7 @@ def describe_results(
         "groups": groups,
         "tiers": tiers,
         "same_split": compare_measured(groups, measured),
+        "same_split_runs": runs.to_dict("index"),
         "overall_to_beat": {"target": OVERALL_TO_BEAT, "met": bool(tiers[-1]["run5"] < OVERALL_TO_BEAT)},
         "history": journal.history,
         "versions": {"python": platform.python_version()}
@@ -1083,12 +1087,11 @@ def compare_measured(groups: list[dict], measured: pd.DataFrame) -> list[dict]:
     ]
 
 
-def measured_text(rows: list[dict]) -> str:
-    """The second table of the report, or why it is left out."""
+def measured_text(rows: list[dict], runs: dict[str, dict]) -> str:
+    """The second table of the report, and what its columns are, or why it is left out."""
     title = "Same data, same split: log2-MSE of runs measured on these very validation rows"
     if not rows:
         return f"{title}\n\nLeft out: data/baselines.csv has no figures measured on this dataset and seed."
-    runs = list(rows[0]["change"])
     head = "".join(f"{MEASURED[run]:<11}" for run in runs) + f"{'Run 5':<11}"
     head += "".join(f"{'vs ' + MEASURED[run]:<13}" for run in runs)
     lines = [title, "", f"{'k,m':<9}{head}".rstrip(), "-" * (9 + len(head))]
@@ -1098,9 +1101,12 @@ def measured_text(rows: list[dict]) -> str:
         figures = "".join(f"{row[run]:<11.6f}" for run in (*runs, "Run 5"))
         changes = "".join(f"{row['change'][run]:<+13.1%}" for run in runs)
         lines.append(f"{row['name']:<9}{figures}{changes}".rstrip())
-    names = ", ".join(f"{MEASURED[run]} {run}" for run in runs)
-    note = f"{names}: trained by data/rerun_baselines.py on the dataset's own training rows, without drawn codes."
-    return "\n".join([*lines, note])
+    lines += ["", "Trained by data/rerun_baselines.py on the dataset's own training rows, without drawn codes:"]
+    for run, about in runs.items():
+        ended = "" if about["ended"] == "complete" else f"; {about['ended']}, it could have gone on"
+        epochs = f"{about['epochs']} epochs, best epoch {about['best_epoch']}{ended}"
+        lines.append(f"{MEASURED[run]:<11}{run}: {about['parameters']:,} parameters, {epochs}")
+    return "\n".join(lines)
 
 
 def split_text(split: list[dict]) -> str:
@@ -1153,7 +1159,8 @@ def report_text(results: dict) -> str:
     beat = results["overall_to_beat"]
     lines.append(f"{'overall, to beat':<42}< {beat['target']:<10.3f}{verdict[beat['met']]}")
 
-    lines += ["", COLUMNS_NOTE, "", measured_text(results["same_split"]), "", split_text(results["split"])]
+    lines += ["", COLUMNS_NOTE, "", measured_text(results["same_split"], results["same_split_runs"])]
+    lines += ["", split_text(results["split"])]
     return "\n".join(lines) + "\n"
 
 

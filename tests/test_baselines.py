@@ -1,5 +1,6 @@
 """Run 2, Run 4 and Run 5 raw on the split of the script: their networks, recipes, rows of the csv, and the report."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -150,17 +151,21 @@ def test_runs_write_their_rows_and_the_report_shows_them(narrow, small_npz, tmp_
     assert rows["log2_mse"].between(0.1, 1000).all() and list((tmp_path / "work").iterdir()) == []
 
     monkeypatch.setattr(run5, "HERE", tmp_path)
-    measured = run5.read_baselines(dataset, 42)[1]
+    _, measured, runs = run5.read_baselines(dataset, 42)
     assert list(measured.columns) == ["Run 2", "Run 4", "Run 4, curriculum in force", "Run 5, raw P"]
     table = run5.compare_measured([{"run5": 0.5}] * 9, measured)
     assert [row["name"] for row in table][9:] == ["easy", "medium", "hard", "overall"]
     assert table[-1]["Run 2"] == pytest.approx(rows.query("run == 'Run 2'")["log2_mse"].mean())
     assert table[0]["change"]["Run 4"] == pytest.approx(0.5 / measured["Run 4"].iloc[0] - 1)
-    text = run5.measured_text(table)
+    text = run5.measured_text(table, runs.to_dict("index"))
     assert f"k=4,m=2  {measured['Run 2'].iloc[0]:.6f}" in text and "vs R5 raw" in text
+    assert re.search(r"R2 +Run 2: [\d,]+ parameters, 1 epochs, best epoch 1$", text, re.MULTILINE)
+    runs.loc["Run 4", "ended"] = "interrupted"
+    text = run5.measured_text(table, runs.to_dict("index"))
+    assert re.search(r"Run 4: [\d,]+ parameters, 1 epochs, best epoch 1; interrupted", text)
     for other, seed in ((dataset, 43), (replace(dataset, sha256="another"), 42)):
         assert run5.compare_measured([{"run5": 0.5}] * 9, run5.read_baselines(other, seed)[1]) == []
-    assert "Left out" in run5.measured_text([])
+    assert "Left out" in run5.measured_text([], {})
 
 
 def test_an_interrupted_run_writes_what_it_reached_and_goes_on(narrow, small_npz, tmp_path, monkeypatch):
