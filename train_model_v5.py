@@ -970,19 +970,19 @@ def predict_heights(model: keras.Model, codes: Dataset | Codes, rows: np.ndarray
     return height[rows]
 
 
-def read_baselines(dataset: Dataset, seed: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def read_baselines(sha256: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Two tables of log2-MSE by k and m (index) and run (columns), published and measured here; then the latter's runs.
 
-    The first has Run 2 and Run 4; the second what data/rerun_baselines.py measured on this dataset and the split of
-    this seed, of MEASURED, no columns if nothing. The third has a row for each column of the second: parameters,
-    epochs, best_epoch, ended. Raises InputError if the file or a published figure is not there.
+    The first has Run 2 and Run 4; the second what data/rerun_baselines.py measured on the dataset of this hash and the
+    split of this seed, of MEASURED, no columns if nothing. The third has parameters, epochs, best_epoch and ended for
+    each column of the second. Raises InputError if the file or a published figure is not there.
     """
     path = HERE / "data" / "baselines.csv"
     try:
         rows = pd.read_csv(path)
         published = rows.query("source == 'published'").pivot(index=["k", "m"], columns="run", values="log2_mse")
         published = published.loc[list(GROUPS), ["Run 2", "Run 4"]].astype(float)
-        here = rows[(rows["source"] == "measured") & (rows["dataset"] == dataset.sha256) & (rows["seed"] == seed)]
+        here = rows[(rows["source"] == "measured") & (rows["dataset"] == sha256) & (rows["seed"] == seed)]
         measured = here.pivot(index=["k", "m"], columns="run", values="log2_mse").reindex(list(GROUPS)).astype(float)
         runs = here.drop_duplicates("run").set_index("run")[["parameters", "epochs", "best_epoch", "ended"]]
     except (OSError, ValueError, KeyError, pd.errors.UndefinedVariableError) as error:
@@ -1174,6 +1174,27 @@ those networks reach on codes they have not seen. Run 5 is measured on codes non
 design quotes 0.538 as the overall figure of Run 4; its published groups have the mean given above."""
 
 
+def renew_report(output: Path) -> int:
+    """Write the report of a finished run anew, with what data/baselines.csv has for its dataset and seed by now."""
+    path = output / "metrics.json"
+    with only_run_in(output):
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            _, measured, runs = read_baselines(results["settings"]["data"], results["settings"]["seed"])
+            results["same_split"] = compare_measured(results["groups"], measured)
+            results["same_split_runs"] = runs.to_dict("index")
+            report = report_text(results)
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = " ".join(repr(error).split())
+            raise InputError(f"{path}: expected the figures of a finished run ({problem})") from None
+        write_whole(path, (json.dumps(results, indent=1) + "\n").encode())
+        write_whole(output / "detailed_comparison.txt", report.encode())
+    print(report)
+    return 0
+
+
 # --- plots ----------------------------------------------------------------------------------------------------------
 
 
@@ -1280,7 +1301,7 @@ def write_results(dataset, pool, train_rows, val_rows, baselines, journal, setti
 def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> int:
     """Load, split, train, report. Returns the exit status."""
     dataset = load_dataset(*settings.data)
-    baselines = read_baselines(dataset, settings.seed)
+    baselines = read_baselines(dataset.sha256, settings.seed)
     if not trust_labels:
         check_labels(dataset)
     own_rows, val_rows = split_dataset(dataset, settings.val_fraction, settings.seed)
@@ -1335,7 +1356,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, Namespace]:
-    """The settings, and what is asked for beside them: fresh, trust_labels, predict, heights, model."""
+    """The settings, and what is asked for beside them: fresh, trust_labels, report, predict, heights, model."""
     parser = OneLineParser(description="Train the Run 5 model and compare it with Run 2 and Run 4, or predict with it.")
     for option in fields(Settings):
         if option.name in ("data", "output", "features", "drawn", "precision", "epochs", "batch_size", "seed"):
@@ -1350,6 +1371,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, Namesp
             parser.add_argument(name, default=default, metavar=option.name.upper(), help=text, **about)
     parser.add_argument("--fresh", action="store_true", help="start anew where an unfinished run lies")
     parser.add_argument("--trust-labels", action="store_true", help="do not compare heights with the exact ones")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="write the report in the output anew, with data/baselines.csv as it is now",
+    )
     parser.add_argument("--predict", type=Path, metavar="INPUTS", help="write heights for these codes, do not train")
     parser.add_argument("--heights", type=Path, help="with --predict: the true heights, to print each group's error")
     parser.add_argument(
@@ -1360,6 +1386,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, Namesp
         parser.error(f"--data: found {len(arguments.data)} paths, expected 1 or 2")
     if not arguments.predict and (arguments.heights or arguments.model):
         parser.error("--heights and --model: expected --predict INPUTS beside them")
+    if arguments.predict and arguments.report:
+        parser.error("--predict and --report: expected one of them")
     names = [option.name for option in fields(Settings) if hasattr(arguments, option.name)]
     chosen = {name: getattr(arguments, name) for name in names} | {"data": tuple(arguments.data)}
     return Settings(**chosen), arguments
@@ -1373,6 +1401,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.predict:
             model = asked.model or settings.output / "best_model_run5.h5"
             return predict(asked.predict, asked.heights, model, settings.output)
+        if asked.report:
+            return renew_report(settings.output)
         return run(settings, asked.fresh, asked.trust_labels)
     except InputError as error:
         problem = str(error)

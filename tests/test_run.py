@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT, run_script
 from PIL import Image
@@ -130,6 +132,41 @@ def test_the_literal_20_numbers_bfloat16_and_no_drawn_codes_when_asked_for(tmp_p
         assert said in report
     process = run_script("--output", tmp_path, "--predict", small_npz)
     assert process.returncode == 0, process.stderr
+
+
+def test_the_report_is_written_anew_with_the_measured_runs(finished, metrics, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "results"
+    shutil.copytree(finished[1], output)
+    before = (output / "detailed_comparison.txt").read_text()
+    assert run5.main(["--output", str(output), "--report"]) == 0
+    assert (output / "detailed_comparison.txt").read_text() == before and "Left out" in before
+    assert json.loads((output / "metrics.json").read_text()) == metrics
+
+    rows = pd.read_csv(ROOT / "data" / "baselines.csv").query("source == 'published'").astype(object)
+    own = rows[rows["run"] == "Run 4"].assign(source="measured", dataset=metrics["dataset"]["sha256"], seed=42)
+    own = own.assign(log2_mse=2.0, epochs=7, best_epoch=5, ended="interrupted", parameters=9)
+    (tmp_path / "data").mkdir()
+    pd.concat([rows, own]).to_csv(tmp_path / "data" / "baselines.csv", index=False)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(run5, "HERE", tmp_path)
+        assert run5.renew_report(output) == 0
+    report = (output / "detailed_comparison.txt").read_text()
+    assert capsys.readouterr().out.strip() == report.strip() and "Left out" not in report
+    assert "R4         Run 4: 9 parameters, 7 epochs, best epoch 5; interrupted" in report
+    overall = metrics["tiers"][-1]["run5"]
+    assert f"overall  2.000000   {overall:<11.6f}{overall / 2 - 1:+.1%}" in report
+    assert sorted(path.name for path in output.iterdir()) == RESULTS
+
+    for torn in (None, "{", "[]", '{"settings": {}}'):
+        (output / "metrics.json").unlink(missing_ok=True)
+        if torn:
+            (output / "metrics.json").write_text(torn)
+        assert run5.main(["--output", str(output), "--report"]) == 2
+        problem = capsys.readouterr().err
+        assert "metrics.json: expected the figures of a finished run" in problem and problem.count("\n") == 1
+    assert run5.main(["--output", str(tmp_path / "nowhere"), "--report"]) == 2
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_progress_is_one_line_an_epoch_when_output_is_no_terminal(finished):
