@@ -19,12 +19,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+if sys.argv[-1] == "plain":
+    # Plain Keras has TensorFlow's own settings; the others have those that the script makes when it is imported.
+    import tensorflow  # noqa: F401
+
+import train_model_v5 as run5  # isort: skip
+
 import keras
 import numpy as np
 from test_heights import height_by_lp
 from threadpoolctl import threadpool_limits
 
-import train_model_v5 as run5
 from data.prepare import GROUPS, Codes, N, m_heights, unflatten
 
 STEPS = 60
