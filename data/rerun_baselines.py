@@ -267,9 +267,10 @@ def rows_of_run5_raw(settings, work: Path) -> tuple[pd.DataFrame, bool]:
 
 
 def write_rows(table: pd.DataFrame, path: Path) -> None:
-    """Put the run's rows in the csv, in place of those it had there; published rows stay."""
+    """Put the run's rows in the csv, in place of those that it had there for the same dataset and seed."""
     kept = pd.read_csv(path).reindex(columns=COLUMNS)
-    kept = kept[(kept["source"] == "published") | (kept["run"] != table["run"].iloc[0])]
+    same = ["run", "source", "dataset", "seed"]
+    kept = kept[(kept[same] != table[same].iloc[0]).any(axis=1)]
     both = pd.concat([kept.astype(object), table.reindex(columns=COLUMNS).astype(object)], ignore_index=True)
     write_whole(path, both.to_csv(index=False, lineterminator="\n").encode())
 

@@ -169,7 +169,7 @@ def test_runs_write_their_rows_and_the_report_shows_them(narrow, small_npz, tmp_
 
 def test_an_interrupted_run_writes_what_it_reached_and_goes_on(narrow, small_npz, tmp_path, monkeypatch):
     csv = tmp_path / "baselines.csv"
-    shutil.copy(CSV, csv)
+    pd.read_csv(CSV).query("source == 'published'").to_csv(csv, index=False)
     options = [*map(str, ["--runs", "run2", "--data", small_npz, "--output", tmp_path, "--csv", csv, "--epochs", 3])]
     begin = run5.Journal.on_train_begin
 
@@ -185,6 +185,11 @@ def test_an_interrupted_run_writes_what_it_reached_and_goes_on(narrow, small_npz
     assert baselines.main(options) == 0
     rows = pd.read_csv(csv).query("source == 'measured'")
     assert len(rows) == 9 and set(rows["ended"]) == {"complete"} and set(rows["epochs"]) == {3}
+    before = pd.read_csv(csv)
+    assert baselines.main([*options, "--seed", "43"]) == 0
+    after = pd.read_csv(csv)
+    pd.testing.assert_frame_equal(after[: len(before)], before, check_dtype=False)
+    assert list(after["seed"][len(before) :]) == [43] * 9
 
 
 def test_bad_input_gets_one_line(tmp_path, capsys):
