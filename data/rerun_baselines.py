@@ -3,7 +3,7 @@
     python data/rerun_baselines.py [--runs run2 run4 run4-curriculum run5-raw run2-shared]
 
 Writes a row for each run and (k, m) group to data/baselines.csv, beside the published figures: log2-MSE of the epoch
-with the lowest val_loss on the validation rows. A run takes from one to several hours on two cores. It goes on where it
+with the lowest val_loss on the validation rows. A run takes half an hour to hours on two cores. It goes on where it
 was when the same command is given again; Ctrl-C ends it after the epoch and writes what it has reached, marked so.
 
 Run 2 and Run 4 are built from descriptions of their scripts: layers, weights, optimizer and callbacks as they were,
