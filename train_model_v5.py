@@ -3,10 +3,10 @@
     python train_model_v5.py
 
 trains a simple residual network on data/augmented.npz and writes to run_5/: best_model_run5.h5, training_history.png,
-predictions_scatter.png, detailed_comparison.txt and metrics.json. A run that was killed goes on when the same command
-is given again. One run of the defaults (seed 42, early stop after 121 epochs, best epoch 107) reached a mean
-log2-MSE of 0.040 over the nine groups, no code shared between training and validation, in 1 h 07 min on two cores (AMD
-EPYC with AVX2, no GPU), with tests beside it for a quarter of an hour.
+predictions_scatter.png, comparison.png, detailed_comparison.txt and metrics.json. A run that was killed goes on when
+the same command is given again. One run of the defaults (seed 42, early stop after 121 epochs, best epoch 107) reached
+a mean log2-MSE of 0.040 over the nine groups, no code shared between training and validation, in 1 h 07 min on two
+cores (AMD EPYC with AVX2, no GPU), with tests beside it for a quarter of an hour.
 
 The file reads from top to bottom in the order the data flows:
 
@@ -14,6 +14,7 @@ The file reads from top to bottom in the order the data flows:
 """
 
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -86,6 +87,9 @@ OVERALL_TO_BEAT = 0.374
 
 # The runs of data/rerun_baselines.py that are validated on the same rows as Run 5, and their short names.
 MEASURED = {"Run 2": "R2", "Run 4": "R4", "Run 4, curriculum in force": "R4 curr.", "Run 5, raw P": "R5 raw"}
+
+# Their contrast: Run 2 where most codes are on both sides of the split.
+SHARED = "Run 2, codes shared"
 
 # Heights that agree to this much in log2 are the same: files may have been labelled by a numerical solver.
 LABEL_TOLERANCE = 1e-4
@@ -973,8 +977,8 @@ def predict_heights(model: keras.Model, codes: Dataset | Codes, rows: np.ndarray
 def read_baselines(sha256: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Two tables of log2-MSE by k and m (index) and run (columns), published and measured here; then the latter's runs.
 
-    The first has Run 2 and Run 4; the second what data/rerun_baselines.py measured on the dataset of this hash and the
-    split of this seed, of MEASURED, no columns if nothing. The third has parameters, epochs, best_epoch and ended for
+    The first has Run 2 and Run 4; the second what data/rerun_baselines.py measured with the dataset of this hash and
+    this seed, of MEASURED and SHARED, no columns if nothing. The third has parameters, epochs, best_epoch and ended for
     each column of the second. Raises InputError if the file or a published figure is not there.
     """
     path = HERE / "data" / "baselines.csv"
@@ -988,7 +992,7 @@ def read_baselines(sha256: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame, 
     except (OSError, ValueError, KeyError, pd.errors.UndefinedVariableError) as error:
         problem = " ".join(str(error).split())
         raise InputError(f"{path}: expected published Run 2 and Run 4 figures of the nine groups ({problem})") from None
-    names = [run for run in MEASURED if run in measured]
+    names = [run for run in (*MEASURED, SHARED) if run in measured]
     return published, measured[names], runs.loc[names].astype({"parameters": int, "epochs": int, "best_epoch": int})
 
 
@@ -1074,38 +1078,45 @@ def compare_measured(groups: list[dict], measured: pd.DataFrame) -> list[dict]:
     """Run 5 beside what was measured on the same split: a row for each group, tier and all nine; none if nothing was.
 
     groups: as from compare; measured: as from read_baselines. Each row has the log2-MSE of every run by its name, and
-    under "change" the relative change from each to Run 5, Run 5 / other - 1.
+    under "change" the relative change from each of MEASURED to Run 5, Run 5 / other - 1.
     """
     if measured.empty:
         return []
+    compared = [run for run in measured if run in MEASURED]
     table = measured.assign(**{"Run 5": [row["run5"] for row in groups]})
     means = {tier: table.loc[list(members)].mean() for tier, members in {**TIERS, "overall": GROUPS}.items()}
     rows = [(f"k={k},m={m}", table.loc[(k, m)]) for k, m in GROUPS] + list(means.items())
     return [
-        {"name": name, **row.to_dict(), "change": {run: row["Run 5"] / row[run] - 1 for run in measured.columns}}
+        {"name": name, **row.to_dict(), "change": {run: row["Run 5"] / row[run] - 1 for run in compared}}
         for name, row in rows
     ]
 
 
 def measured_text(rows: list[dict], runs: dict[str, dict]) -> str:
-    """The second table of the report, and what its columns are, or why it is left out."""
+    """The second table of the report, and what its columns are, or why it is left out; then what sharing codes does."""
     title = "Same data, same split: log2-MSE of runs measured on these very validation rows"
-    if not rows:
+    compared = [run for run in runs if run in MEASURED]
+    if not compared:
         return f"{title}\n\nLeft out: data/baselines.csv has no figures measured on this dataset and seed."
-    head = "".join(f"{MEASURED[run]:<11}" for run in runs) + f"{'Run 5':<11}"
-    head += "".join(f"{'vs ' + MEASURED[run]:<13}" for run in runs)
+    head = "".join(f"{MEASURED[run]:<11}" for run in compared) + f"{'Run 5':<11}"
+    head += "".join(f"{'vs ' + MEASURED[run]:<13}" for run in compared)
     lines = [title, "", f"{'k,m':<9}{head}".rstrip(), "-" * (9 + len(head))]
     for row in rows:
         if row["name"] == "easy":
             lines.append("mean of")
-        figures = "".join(f"{row[run]:<11.6f}" for run in (*runs, "Run 5"))
-        changes = "".join(f"{row['change'][run]:<+13.1%}" for run in runs)
+        figures = "".join(f"{row[run]:<11.6f}" for run in (*compared, "Run 5"))
+        changes = "".join(f"{row['change'][run]:<+13.1%}" for run in compared)
         lines.append(f"{row['name']:<9}{figures}{changes}".rstrip())
     lines += ["", "Trained by data/rerun_baselines.py on the dataset's own training rows, without drawn codes:"]
+    described = {}
     for run, about in runs.items():
         ended = "" if about["ended"] == "complete" else f"; {about['ended']}, it could have gone on"
         epochs = f"{about['epochs']} epochs, best epoch {about['best_epoch']}{ended}"
-        lines.append(f"{MEASURED[run]:<11}{run}: {about['parameters']:,} parameters, {epochs}")
+        described[run] = f"{run}: {about['parameters']:,} parameters, {epochs}"
+    lines += [f"{MEASURED[run]:<11}{described[run]}" for run in compared]
+    if SHARED in runs:
+        means = ", ".join(f"{row['name']} {row[SHARED]:.6f}" for row in rows[len(GROUPS) :])
+        lines += ["", SHARED_NOTE, f"{described[SHARED]}:", means]
     return "\n".join(lines)
 
 
@@ -1173,6 +1184,10 @@ split by rows in which most codes had copies on both sides: three nested files w
 those networks reach on codes they have not seen. Run 5 is measured on codes none of which is in training. The Run 5
 design quotes 0.538 as the overall figure of Run 4; its published groups have the mean given above."""
 
+SHARED_NOTE = """\
+What shared codes hide: Run 2 on a third of the codes, each three times, and rows split at random, so that nearly every
+validation row has its code in training too. Mean of the groups on such rows, to be set beside R2:"""
+
 
 def renew_report(output: Path) -> int:
     """Write the report of a finished run anew, with what data/baselines.csv has for its dataset and seed by now."""
@@ -1183,7 +1198,8 @@ def renew_report(output: Path) -> int:
             _, measured, runs = read_baselines(results["settings"]["data"], results["settings"]["seed"])
             results["same_split"] = compare_measured(results["groups"], measured)
             results["same_split_runs"] = runs.to_dict("index")
-            report = report_text(results)
+            report, picture = report_text(results), io.BytesIO()
+            plot_comparison(results, picture)
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -1191,6 +1207,7 @@ def renew_report(output: Path) -> int:
             raise InputError(f"{path}: expected the figures of a finished run ({problem})") from None
         write_whole(path, (json.dumps(results, indent=1) + "\n").encode())
         write_whole(output / "detailed_comparison.txt", report.encode())
+        write_whole(output / "comparison.png", picture.getvalue())
     print(report)
     return 0
 
@@ -1240,6 +1257,32 @@ def plot_predictions(dataset: Dataset, rows: np.ndarray, predicted: np.ndarray, 
     figure.supylabel("predicted log2 height")
     figure.suptitle("Run 5: validation rows; on the line the prediction is exact")
     figure.savefig(path, dpi=120)
+
+
+def plot_comparison(results: dict, file) -> None:
+    """log2-MSE of each run in the report by group; results: as from describe_results, file: a path or open file."""
+    groups = results["groups"]
+    runs = {f"{name}, published": [row[run] for row in groups] for name, run in (("Run 2", "run2"), ("Run 4", "run4"))}
+    for run in results["same_split_runs"]:
+        if run in MEASURED:
+            runs[f"{run}, same split"] = [row[run] for row in results["same_split"][: len(groups)]]
+    runs["Run 5"] = [row["run5"] for row in groups]
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    panel = figure.subplots()
+    shifts = np.linspace(-0.3, 0.3, len(runs))
+    for shift, marker, (run, errors) in zip(shifts, itertools.cycle("osD^v<*"), runs.items()):
+        # Figures of other data are hollow.
+        inside = "none" if run.endswith("published") else None
+        color = "black" if run == "Run 5" else None
+        panel.plot(np.arange(len(groups)) + shift, errors, marker, label=run, color=color, markerfacecolor=inside)
+    for between in np.arange(1, len(groups)) - 0.5:
+        panel.axvline(between, color="grey", linewidth=0.5)
+    panel.set_xticks(range(len(groups)), [f"k={row['k']}, m={row['m']}" for row in groups])
+    panel.set(ylabel="MSE of log2 height", yscale="log", title="Run 5 beside Run 2 and Run 4, by (k, m) group")
+    panel.yaxis.set_major_formatter(ScalarFormatter())
+    panel.grid(axis="y", alpha=0.3)
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3)
+    figure.savefig(file, dpi=120, format="png")
 
 
 # --- prediction -----------------------------------------------------------------------------------------------------
@@ -1292,6 +1335,7 @@ def write_results(dataset, pool, train_rows, val_rows, baselines, journal, setti
     (staged / "metrics.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot_history(journal.history, staged / "training_history.png")
     plot_predictions(dataset, val_rows, predicted, results["groups"], staged / "predictions_scatter.png")
+    plot_comparison(results, staged / "comparison.png")
     shutil.copy(work / "best_model.h5", staged / "best_model_run5.h5")
     for file in staged.iterdir():
         os.replace(file, settings.output / file.name)

@@ -151,11 +151,13 @@ def test_runs_write_their_rows_and_the_report_shows_them(narrow, small_npz, tmp_
 
     monkeypatch.setattr(run5, "HERE", tmp_path)
     _, measured, runs = run5.read_baselines(dataset.sha256, 42)
-    assert list(measured.columns) == ["Run 2", "Run 4", "Run 4, curriculum in force", "Run 5, raw P"]
+    compared = ["Run 2", "Run 4", "Run 4, curriculum in force", "Run 5, raw P"]
+    assert list(measured.columns) == [*compared, "Run 2, codes shared"]
     table = run5.compare_measured([{"run5": 0.5}] * 9, measured)
     assert [row["name"] for row in table][9:] == ["easy", "medium", "hard", "overall"]
     assert table[-1]["Run 2"] == pytest.approx(rows.query("run == 'Run 2'")["log2_mse"].mean())
     assert table[0]["change"]["Run 4"] == pytest.approx(0.5 / measured["Run 4"].iloc[0] - 1)
+    assert list(table[0]["change"]) == compared
     text = run5.measured_text(table, runs.to_dict("index"))
     assert f"k=4,m=2  {measured['Run 2'].iloc[0]:.6f}" in text and "vs R5 raw" in text
     assert re.search(r"R2 +Run 2: [\d,]+ parameters, 1 epochs, best epoch 1$", text, re.MULTILINE)

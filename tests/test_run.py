@@ -19,6 +19,7 @@ import train_model_v5 as run5
 
 RESULTS = [
     "best_model_run5.h5",
+    "comparison.png",
     "detailed_comparison.txt",
     "metrics.json",
     "predictions_scatter.png",
@@ -145,8 +146,10 @@ def test_the_report_is_written_anew_with_the_measured_runs(finished, metrics, tm
     rows = pd.read_csv(ROOT / "data" / "baselines.csv").query("source == 'published'").astype(object)
     own = rows[rows["run"] == "Run 4"].assign(source="measured", dataset=metrics["dataset"]["sha256"], seed=42)
     own = own.assign(log2_mse=2.0, epochs=7, best_epoch=5, ended="interrupted", parameters=9)
+    shared = own.assign(run="Run 2, codes shared", log2_mse=0.5, epochs=8)
+    picture = (output / "comparison.png").read_bytes()
     (tmp_path / "data").mkdir()
-    pd.concat([rows, own]).to_csv(tmp_path / "data" / "baselines.csv", index=False)
+    pd.concat([rows, own, shared]).to_csv(tmp_path / "data" / "baselines.csv", index=False)
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(run5, "HERE", tmp_path)
@@ -156,6 +159,10 @@ def test_the_report_is_written_anew_with_the_measured_runs(finished, metrics, tm
     assert "R4         Run 4: 9 parameters, 7 epochs, best epoch 5; interrupted" in report
     overall = metrics["tiers"][-1]["run5"]
     assert f"overall  2.000000   {overall:<11.6f}{overall / 2 - 1:+.1%}" in report
+    note = report[report.index("What shared codes hide") :].split("\n\n")[0].splitlines()
+    assert note[-2] == "Run 2, codes shared: 9 parameters, 8 epochs, best epoch 5; interrupted, it could have gone on:"
+    assert note[-1] == "easy 0.500000, medium 0.500000, hard 0.500000, overall 0.500000"
+    assert (output / "comparison.png").read_bytes() != picture
     assert sorted(path.name for path in output.iterdir()) == RESULTS
 
     for torn in (None, "{", "[]", '{"settings": {}}'):
@@ -178,7 +185,7 @@ def test_progress_is_one_line_an_epoch_when_output_is_no_terminal(finished):
 
 
 def test_pictures_are_drawn(finished):
-    for name, least in (("training_history.png", 40), ("predictions_scatter.png", 40)):
+    for name, least in (("training_history.png", 40), ("predictions_scatter.png", 40), ("comparison.png", 40)):
         with Image.open(finished[1] / name) as picture:
             assert min(picture.size) > 800
             assert len(picture.convert("RGB").getcolors(1 << 24)) > least
