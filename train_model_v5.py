@@ -335,14 +335,13 @@ def add_drawn(dataset: Dataset, train_rows: np.ndarray, drawn: int, seed: int) -
     rows_per_group = drawn * len(train_rows) // len(GROUPS)
     if not rows_per_group:
         return dataset, train_rows
-    more = Dataset(**make_dataset(rows_per_group, seed))
-    new = ~np.isin(more.key, dataset.key)
-    both = {
-        name: np.concatenate([getattr(dataset, name), getattr(more, name)[new]]) for name in ("k", "m", "P", "height")
-    }
-    pool = Dataset(**both, source=dataset.source, sha256=dataset.sha256)
+    more = make_dataset(rows_per_group, seed)
+    new = ~np.isin(more["key"], dataset.key)
+    both = {name: np.concatenate([getattr(dataset, name), column[new]]) for name, column in more.items()}
     # Known already; to make the digests again takes seconds.
-    vars(pool)["key"] = np.concatenate([dataset.key, more.key[new]])
+    key = both.pop("key")
+    pool = Dataset(**both, source=dataset.source, sha256=dataset.sha256)
+    vars(pool)["key"] = key
     return pool, np.concatenate([train_rows, np.arange(len(dataset), len(pool))])
 
 
@@ -1267,7 +1266,7 @@ def plot_comparison(results: dict, file) -> None:
         if run in MEASURED:
             runs[f"{run}, same split"] = [row[run] for row in results["same_split"][: len(groups)]]
     runs["Run 5"] = [row["run5"] for row in groups]
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
     panel = figure.subplots()
     shifts = np.linspace(-0.3, 0.3, len(runs))
     for shift, marker, (run, errors) in zip(shifts, itertools.cycle("osD^v<*"), runs.items()):

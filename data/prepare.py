@@ -681,9 +681,9 @@ def label(codes: Codes, progress=None, workers: int | None = None) -> np.ndarray
 def make_dataset(rows_per_group: int = ROWS_PER_GROUP, seed: int = SEED, progress=None) -> dict[str, np.ndarray]:
     """Random codes with exact heights, `rows_per_group` for each (k, m) group, no code twice in the whole dataset.
 
-    Returns k and m, int64 (rows,); P, int64 (rows, P_WIDTH) as `flatten` lays it out; height, float64 (rows,). Codes
-    of infinite height and codes that were drawn before are passed over and others drawn in their place.
-    progress(group, rows, drawn) is called now and then.
+    Returns k and m, int64 (rows,); P, int64 (rows, P_WIDTH) as `flatten` lays it out; height, float64 (rows,); key, as
+    code_keys has it. Codes of infinite height and codes that were drawn before are passed over and others drawn in
+    their place. progress(group, rows, drawn) is called now and then.
     """
     rng = np.random.default_rng(seed)
     parts = []
@@ -695,17 +695,17 @@ def make_dataset(rows_per_group: int = ROWS_PER_GROUP, seed: int = SEED, progres
             drawn += len(P)
             height = m_heights(P, [m])[:, 0]
             P, height = P[np.isfinite(height)], height[np.isfinite(height)]
-            fresh = []
-            for i, key in enumerate(code_keys(P).tolist()):
+            fresh, keys = [], code_keys(P)
+            for i, key in enumerate(keys.tolist()):
                 if key not in seen and rows < rows_per_group:
                     seen.add(key)
                     fresh.append(i)
                     rows += 1
             group = {"k": np.full(len(fresh), k), "m": np.full(len(fresh), m), "P": flatten(P[fresh])}
-            parts.append(group | {"height": height[fresh]})
+            parts.append(group | {"height": height[fresh], "key": keys[fresh]})
             if progress:
                 progress((k, m), rows, drawn)
-    return {name: np.concatenate([part[name] for part in parts]) for name in ("k", "m", "P", "height")}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def describe(dataset: dict[str, np.ndarray]) -> str:

@@ -285,6 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=default.epochs, help="at most this many, and what a run has")
     parser.add_argument("--seed", type=int, default=default.seed, help="of split, weights, order and dropout")
     logging.getLogger("absl").setLevel("ERROR")  # As in train_model_v5.py: Keras calls h5 an old format.
+    logging.getLogger("tensorflow").setLevel("ERROR")  # It takes one network after the other for a mistake.
     try:
         asked = parser.parse_args(argv)
         if len(asked.data) > 2:

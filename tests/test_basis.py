@@ -208,7 +208,7 @@ def test_the_keys_of_the_pool_are_those_of_its_codes(small_npz):
 def test_a_code_of_the_dataset_is_not_drawn_again(small_npz, monkeypatch):
     dataset = run5.load_dataset(small_npz)
     train_rows, val_rows = run5.split_dataset(dataset)
-    own = {name: getattr(dataset, name)[val_rows] for name in ("k", "m", "P", "height")}
+    own = {name: getattr(dataset, name)[val_rows] for name in ("k", "m", "P", "height", "key")}
     fresh = run5.make_dataset(5, seed=8)
     both = {name: np.concatenate([own[name], fresh[name]]) for name in own}
     monkeypatch.setattr(run5, "make_dataset", lambda *_: both)
