@@ -163,7 +163,7 @@ class Settings:
     plateau_factor: float = setting(0.7, "factor on the rate when val_loss has not fallen for plateau_patience epochs")
     plateau_patience: int = setting(15, "epochs without a lower val_loss before the rate is cut")
     stop_patience: int = setting(40, "epochs without a lower val_loss before the run ends")
-    stop_min_delta: float = setting(0.001, "how much lower val_loss must be for the stop to count it as lower")
+    stop_min_delta: float = setting(0.004, "how much lower val_loss must be for the stop to count it as lower")
     group_weights: dict[tuple[int, int], float] = setting(
         GROUP_WEIGHTS, "weight of a row of each (k, m) group in the training loss"
     )
@@ -461,11 +461,13 @@ class BasisNorms(layers.Layer):
     def by_norm(self, rho, s):
         """rho and s, (bases, batch), as (batch, 126): by falling rho, then rising s; zeros for singular bases."""
         regular = rho < self.LOG2_RANGE[1]
-        rho, s = (ops.transpose(ops.where(regular, x, 0.0)) for x in (rho, s))
-        # One number to sort by. Norms that are equal but for rounding tie in it, and s, below 64, decides.
-        order = by_rows(ops.argsort, ops.cast(s, "float64") - 64 * ops.round(ops.cast(rho, "float64") * 2**16))
-        padding = ((0, 0), (0, self.BASES - rho.shape[1]))
-        return [ops.pad(ops.take_along_axis(x, order, axis=1), padding) for x in (rho, s)]
+        rho, s = (ops.where(regular, x, 0.0) for x in (rho, s))
+        # One number that holds both: rho in steps of 2^-16, so that norms equal but for rounding tie, and s, below 64.
+        both = ops.cast(s, "float64") - ops.cast(64 * ops.round(rho * 2**16), "float64")
+        both = by_rows(ops.sort, ops.transpose(both))
+        steps = ops.ceil(both / -64)
+        padding = ((0, 0), (0, self.BASES - both.shape[1]))
+        return [ops.pad(ops.cast(x, "float32"), padding) for x in (steps / 2**16, both + 64 * steps)]
 
     def minors(self, P, k: int):
         """Absolute maximal minors of G, float64 (bases, batch), by Laplace expansion as in data/prepare.py."""
@@ -747,7 +749,6 @@ class Journal(keras.callbacks.Callback):
                 f"{self.path.parent}: holds an unfinished run with other settings: {', '.join(differs)}; "
                 "give its settings again to go on with it, or --fresh to start anew"
             )
-        model.optimizer.build(model.trainable_variables)
         self.set_model(model)
         if [v.shape for v in self.variables()] != [value.shape for value in values]:
             raise InputError(f"{self.path}: is of another network; --fresh starts the run anew")
@@ -922,6 +923,8 @@ def fit_resumably(network, journal: Journal, stream, steps: int, validation, epo
     stream: from the number of the first epoch, from 0, to endless batches, `steps` an epoch; validation: inputs and
     log2 heights; schedule: the callback that sets the rate, which goes before the journal's others.
     """
+    # Left to its first step the optimizer makes its variables while that is traced, and TensorFlow traces it again.
+    network.optimizer.build(network.trainable_variables)
     if journal.path.exists():
         journal.restore(network)
         print(
@@ -1362,7 +1365,7 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
         keras.config.set_dtype_policy(PRECISIONS[settings.precision])
         seen = see(pool, settings.features)
         with all_gpus().scope():
-            network = build_network(seen.shape[1], fit_scaler(seen, train_rows))
+            network = build_network(seen.shape[1], fit_scaler(seen, own_rows))
             model = height_model(network, settings.features)
             print(f"{model.count_params():,} parameters, {len(own_rows):,} rows an epoch", flush=True)
             journal = train(model, pool, seen, train_rows, len(own_rows), val_rows, settings, work)
