@@ -26,10 +26,11 @@ import signal
 import sqlite3
 import sys
 import time
+import timeit
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -149,7 +150,7 @@ class Settings:
     )
     drawn: int = setting(4, "codes drawn for training beside each training row of the dataset; an epoch stays as long")
     precision: str = setting(
-        "float32", "of the network's products: float32, or bfloat16 (weights stay float32) on hardware that has it"
+        "auto", "of the network's products: float32, bfloat16 (weights stay float32), or auto, which takes the faster"
     )
     epochs: int = setting(250, "passes over the training rows, at most")
     batch_size: int = setting(256, "rows in one optimizer step")
@@ -177,8 +178,8 @@ class Settings:
                 raise InputError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected {least} or more")
         if self.features not in FEATURES:
             raise InputError(f"--features: found {self.features}, expected {' or '.join(FEATURES)}")
-        if self.precision not in PRECISIONS:
-            raise InputError(f"--precision: found {self.precision}, expected {' or '.join(PRECISIONS)}")
+        if self.precision not in ("auto", *PRECISIONS):
+            raise InputError(f"--precision: found {self.precision}, expected auto or {' or '.join(PRECISIONS)}")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed: found {self.seed}, expected 0 to 2^32 - 1")
 
@@ -867,6 +868,22 @@ class AdamW(keras.optimizers.AdamW):
         return [tf.math.scalar_mul(1 / count, g) for g in super()._clip_gradients(whole)]
 
 
+def faster_precision() -> str:
+    """bfloat16 where the processor can multiply in it and a compiled product takes two thirds of the time or less, else
+    float32. Two thirds, because less would be lost again around the products, and so that noise does not decide."""
+    if keras.backend.backend() != "tensorflow" or has_gpu() or not {"avx512_bf16", "amx_bf16"} & set(processor()[1]):
+        return "float32"
+    import tensorflow as tf
+
+    product = tf.function(ops.matmul, jit_compile=True)
+
+    def seconds(dtype: str) -> float:
+        x, weight = (ops.ones(shape, dtype) for shape in ((256, 1024), (1024, 1024)))
+        return min(timeit.repeat(lambda: product(x, weight).numpy(), number=10, repeat=5))
+
+    return "bfloat16" if seconds("bfloat16") <= seconds("float32") * 2 / 3 else "float32"
+
+
 def make_repeatable(seed: int) -> None:
     """Seed initial weights and dropout, and have every operation give the same result each time."""
     keras.utils.set_random_seed(seed)
@@ -1064,16 +1081,22 @@ def describe_results(
     }
 
 
-def machine() -> str:
-    """System, cores and, where Linux tells them, the processor and what it has for matrix products."""
-    name = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+def processor() -> tuple[list[str], list[str]]:
+    """Its name, if known, and what it has for matrix products, as Linux tells them; nothing elsewhere."""
     try:
         lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
     except OSError:
-        return name
+        return [], []
     about = {key.strip(): value.strip() for key, value in lines}
-    has = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in about.get("flags", "").split()]
-    return ", ".join([name, *([about["model name"]] if "model name" in about else []), *has])
+    flags = about.get("flags", "").split()
+    name = [about["model name"]] if "model name" in about else []
+    return name, [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+
+
+def machine() -> str:
+    """System, cores and processor."""
+    name, has = processor()
+    return ", ".join([f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores", *name, *has])
 
 
 def compare_measured(groups: list[dict], measured: pd.DataFrame) -> list[dict]:
@@ -1362,12 +1385,17 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(exist_ok=True)
         make_repeatable(settings.seed)
+        if settings.precision == "auto":
+            settings = replace(settings, precision=faster_precision())
         keras.config.set_dtype_policy(PRECISIONS[settings.precision])
         seen = see(pool, settings.features)
         with all_gpus().scope():
             network = build_network(seen.shape[1], fit_scaler(seen, own_rows))
             model = height_model(network, settings.features)
-            print(f"{model.count_params():,} parameters, {len(own_rows):,} rows an epoch", flush=True)
+            print(
+                f"{model.count_params():,} parameters, {settings.precision}, {len(own_rows):,} rows an epoch",
+                flush=True,
+            )
             journal = train(model, pool, seen, train_rows, len(own_rows), val_rows, settings, work)
         if journal.diverged:
             print(

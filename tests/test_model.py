@@ -114,6 +114,29 @@ def test_in_bfloat16_what_comes_in_and_what_goes_out_are_float32(dataset, featur
     np.testing.assert_array_equal(again, heights)
 
 
+@pytest.mark.parametrize(
+    ("flags", "seconds", "expected"),
+    [
+        (["avx2", "avx512f"], (), "float32"),
+        (["avx512_bf16"], (1.0, 2.0), "bfloat16"),
+        (["avx2", "amx_bf16"], (1.0, 1.5), "bfloat16"),
+        (["avx512_bf16"], (1.0, 1.4), "float32"),
+    ],
+)
+def test_bfloat16_is_chosen_only_where_the_processor_has_it_and_it_is_measured_faster(
+    monkeypatch, flags, seconds, expected
+):
+    readings = iter(seconds)
+
+    def repeat(product, **_):
+        assert product().shape == (256, 1024)
+        return [next(readings), 3.0]
+
+    monkeypatch.setattr(run5, "processor", lambda: ([], flags))
+    monkeypatch.setattr(run5.timeit, "repeat", repeat)
+    assert run5.faster_precision() == expected
+
+
 def test_height_is_two_to_the_softplus(model, dataset, seen):
     rows = np.arange(50)
     heights = model.predict(run5.model_inputs(dataset, rows), verbose=0)
@@ -159,7 +182,7 @@ def test_defaults_are_the_design():
     assert (settings.plateau_factor, settings.plateau_patience, settings.stop_patience) == (0.7, 15, 40)
     assert settings.stop_min_delta == 0.004
     assert (settings.constant_epochs, settings.decay) == (10, 0.95)
-    assert (settings.features, settings.drawn) == ("basis", 4)
+    assert (settings.features, settings.drawn, settings.precision) == ("basis", 4, "auto")
     assert not (asked.fresh or asked.trust_labels or asked.predict)
 
 
