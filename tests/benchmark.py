@@ -173,7 +173,7 @@ def training(repeats: int) -> list[str]:
         script, plain, products = in_turn(repeats, *map(start, WAYS))
     return [
         line("training, against plain float32 fit", "rows/s", ">= 1.6", script, plain),
-        line("training, against its products in float32 alone", "rows/s", ">= 0.75", script, products),
+        line("training, against its float32 products alone", "rows/s", ">= 0.75", script, products),
     ]
 
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from conftest import ROOT
 
 import train_model_v5 as run5
-from data.prepare import Codes, label
+from data.prepare import Codes, N, label
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,32 @@ def test_in_bfloat16_what_comes_in_and_what_goes_out_are_float32(dataset, featur
     model.save(tmp_path / "model.h5")
     again = run5.load_trained(tmp_path / "model.h5").predict(run5.model_inputs(dataset, rows), verbose=0)
     np.testing.assert_array_equal(again, heights)
+
+
+@pytest.mark.slow
+def test_the_trained_model_errs_as_little_in_bfloat16():
+    path = ROOT / "run_5" / "best_model_run5.h5"
+    if not path.exists():
+        pytest.skip("no trained model: python train_model_v5.py makes it")
+    trained = run5.load_trained(path).get_layer("log2_height")
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        network = run5.build_network(run5.BasisNorms.WIDTH, trained.get_layer("P_scaled"))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    network.set_weights(trained.get_weights())
+    shipped = run5.load_dataset(*run5.Settings().data)
+    rows = run5.split_dataset(shipped)[1]
+    k, m, true = shipped.k[rows], shipped.m[rows], shipped.log2_height[rows]
+    seen = run5.see(Codes(k, m, shipped.P[rows]), "basis")
+    errors = {}
+    for precision, made in (("float32", trained), ("bfloat16", network)):
+        inputs = {"n": np.full_like(k, N)[:, None], "k": k[:, None], "m": m[:, None], "P_seen": seen}
+        predicted = made.predict(inputs, batch_size=2048, verbose=0)[:, 0]
+        errors[precision] = run5.group_errors(k, m, true, predicted)["log2_mse"]
+        print(f"{precision}: {errors[precision].round(5).to_dict()}, mean {errors[precision].mean():.5f}")
+    assert (predicted != trained.predict(inputs, batch_size=2048, verbose=0)[:, 0]).any()
+    np.testing.assert_allclose(errors["bfloat16"], errors["float32"], atol=5e-4)
 
 
 @pytest.mark.parametrize(
