@@ -637,7 +637,7 @@ def lr_schedule(epoch: int, lr: float, constant_epochs: int = 10, decay: float =
     return lr if epoch < constant_epochs else lr * decay
 
 
-def network_inputs(dataset: Dataset, seen: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+def network_inputs(dataset: Dataset | Codes, seen: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
     """What the network takes for these rows, by input name: n, k, m of shape (rows, 1), P_seen (rows, width)."""
     inputs = model_inputs(dataset, rows)
     del inputs["P_matrix"]

@@ -10,7 +10,7 @@ import tensorflow as tf
 from conftest import ROOT
 
 import train_model_v5 as run5
-from data.prepare import Codes, N, label
+from data.prepare import Codes, label
 
 
 @pytest.fixture(scope="module")
@@ -128,15 +128,15 @@ def test_the_trained_model_errs_as_little_in_bfloat16():
     network.set_weights(trained.get_weights())
     shipped = run5.load_dataset(*run5.Settings().data)
     rows = run5.split_dataset(shipped)[1]
-    k, m, true = shipped.k[rows], shipped.m[rows], shipped.log2_height[rows]
-    seen = run5.see(Codes(k, m, shipped.P[rows]), "basis")
-    errors = {}
+    codes = Codes(shipped.k[rows], shipped.m[rows], shipped.P[rows])
+    inputs = run5.network_inputs(codes, run5.see(codes, "basis"), np.arange(len(rows)))
+    predicted, errors = {}, {}
     for precision, made in (("float32", trained), ("bfloat16", network)):
-        inputs = {"n": np.full_like(k, N)[:, None], "k": k[:, None], "m": m[:, None], "P_seen": seen}
-        predicted = made.predict(inputs, batch_size=2048, verbose=0)[:, 0]
-        errors[precision] = run5.group_errors(k, m, true, predicted)["log2_mse"]
+        predicted[precision] = made.predict(inputs, batch_size=2048, verbose=0)[:, 0]
+        table = run5.group_errors(codes.k, codes.m, shipped.log2_height[rows], predicted[precision])
+        errors[precision] = table["log2_mse"]
         print(f"{precision}: {errors[precision].round(5).to_dict()}, mean {errors[precision].mean():.5f}")
-    assert (predicted != trained.predict(inputs, batch_size=2048, verbose=0)[:, 0]).any()
+    assert (predicted["bfloat16"] != predicted["float32"]).any()
     np.testing.assert_allclose(errors["bfloat16"], errors["float32"], atol=5e-4)
 
 
