@@ -40,6 +40,11 @@ from zipfile import BadZipFile
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # TensorFlow leaves oneDNN's matrix products off where a processor has no AVX-512, though they halve a step there too.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+# What XLA is to compile where it is to leave the products alone (see compile_network): all else, and at once, so that a
+# resumed run computes every step as one that was not stopped.
+os.environ.setdefault(
+    "TF_XLA_FLAGS", "--tf_xla_cpu_global_jit --tf_xla_ops_to_cluster=FUSIBLE --tf_xla_enable_lazy_compilation=false"
+)
 
 import keras
 import numpy as np
@@ -164,7 +169,7 @@ class Settings:
     plateau_factor: float = setting(0.7, "factor on the rate when val_loss has not fallen for plateau_patience epochs")
     plateau_patience: int = setting(15, "epochs without a lower val_loss before the rate is cut")
     stop_patience: int = setting(40, "epochs without a lower val_loss before the run ends")
-    stop_min_delta: float = setting(0.004, "how much lower val_loss must be for the stop to count it as lower")
+    stop_min_delta: float = setting(0.005, "how much lower val_loss must be for the stop to count it as lower")
     group_weights: dict[tuple[int, int], float] = setting(
         GROUP_WEIGHTS, "weight of a row of each (k, m) group in the training loss"
     )
@@ -732,14 +737,18 @@ class Journal(keras.callbacks.Callback):
     def variables(self) -> list:
         return [*self.model.variables, *self.model.optimizer.variables]
 
+    @staticmethod
+    def read(path: Path) -> tuple[dict, list[np.ndarray]]:
+        """What was kept and the values of all variables. Raises InputError if the file is torn."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return json.loads(str(file["journal"])), [file[f"v{i}"] for i in range(len(file.files) - 1)]
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+            raise InputError(f"{path}: cannot be read ({error}); --fresh starts the run anew") from None
+
     def restore(self, model: keras.Model) -> None:
         """Bring `model` and this journal to where the file says the run was. Raises InputError if it is another run."""
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                kept = json.loads(str(file["journal"]))
-                values = [file[f"v{i}"] for i in range(len(file.files) - 1)]
-        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
-            raise InputError(f"{self.path}: cannot be read ({error}); --fresh starts the run anew") from None
+        kept, values = self.read(self.path)
         differs = [
             f"{name} ({kept['run'].get(name)} there, {now} now)"
             for name, now in self.run.items()
@@ -869,19 +878,22 @@ class AdamW(keras.optimizers.AdamW):
 
 
 def faster_precision() -> str:
-    """bfloat16 where the processor can multiply in it and a compiled product takes two thirds of the time or less, else
-    float32. Two thirds, because less would be lost again around the products, and so that noise does not decide."""
+    """bfloat16 where the processor has it and a product in it takes three quarters of the time or less, else float32.
+
+    Three quarters, because less is lost again around the products, and so that noise does not decide. Each is
+    multiplied as compile_network has it: float32 by XLA, bfloat16 by oneDNN.
+    """
     if keras.backend.backend() != "tensorflow" or has_gpu() or not {"avx512_bf16", "amx_bf16"} & set(processor()[1]):
         return "float32"
     import tensorflow as tf
 
-    product = tf.function(ops.matmul, jit_compile=True)
-
-    def seconds(dtype: str) -> float:
-        x, weight = (ops.ones(shape, dtype) for shape in ((256, 1024), (1024, 1024)))
-        return min(timeit.repeat(lambda: product(x, weight).numpy(), number=10, repeat=5))
-
-    return "bfloat16" if seconds("bfloat16") <= seconds("float32") * 2 / 3 else "float32"
+    seconds = {"float32": [], "bfloat16": []}
+    products = {dtype: tf.function(tf.matmul, jit_compile=dtype == "float32") for dtype in seconds}
+    for _ in range(10):
+        for dtype, product in products.items():
+            x, weight = (tf.ones(shape, dtype) for shape in ((1024, 1024), (1024, 1024)))
+            seconds[dtype].append(timeit.timeit(partial(product, x, weight), number=2))
+    return "bfloat16" if min(seconds["bfloat16"]) <= min(seconds["float32"]) * 3 / 4 else "float32"
 
 
 def make_repeatable(seed: int) -> None:
@@ -896,13 +908,20 @@ def make_repeatable(seed: int) -> None:
 def compile_network(network: keras.Model, settings: Settings) -> None:
     """Give the network its optimizer and its loss, the MSE of log2 heights.
 
-    A step is compiled with XLA, except on GPUs: Keras does not compile what is made deterministic there.
+    A step is compiled with XLA, except on GPUs: Keras does not compile what is made deterministic there. On CPUs XLA
+    multiplies bfloat16 as float32, so in bfloat16 it has only what lies between the products, and oneDNN has these.
     """
+    whole = not has_gpu() and devices()[1] == 1
+    if whole and keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        whole = keras.config.dtype_policy().compute_dtype == "float32"
+        tf.config.optimizer.set_jit(not whole)
     network.compile(
         optimizer=AdamW(settings.learning_rate, weight_decay=settings.weight_decay, clipnorm=settings.clipnorm),
         loss="mean_squared_error",
         metrics=[keras.metrics.MeanSquaredError(name="log2_mse")],
-        jit_compile=not has_gpu() and devices()[1] == 1,
+        jit_compile=whole,
     )
 
 
@@ -1386,7 +1405,10 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
         work.mkdir(exist_ok=True)
         make_repeatable(settings.seed)
         if settings.precision == "auto":
-            settings = replace(settings, precision=faster_precision())
+            # An unfinished run goes on in what it began with: a second trial could decide otherwise.
+            journal = work / "journal.npz"
+            begun = Journal.read(journal)[0]["run"].get("precision") if journal.exists() else None
+            settings = replace(settings, precision=begun or faster_precision())
         keras.config.set_dtype_policy(PRECISIONS[settings.precision])
         seen = see(pool, settings.features)
         with all_gpus().scope():
