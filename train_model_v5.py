@@ -896,6 +896,15 @@ def faster_precision() -> str:
     return "bfloat16" if min(seconds["bfloat16"]) <= min(seconds["float32"]) * 3 / 4 else "float32"
 
 
+def precision_of_run(asked: str, journal: Path) -> str:
+    """What was asked for. For auto it is what the unfinished run of this journal began with, if there is one, since a
+    second trial could decide otherwise, else the faster. Raises InputError if the journal is torn."""
+    if asked != "auto":
+        return asked
+    begun = Journal.read(journal)[0]["run"].get("precision") if journal.exists() else None
+    return begun or faster_precision()
+
+
 def make_repeatable(seed: int) -> None:
     """Seed initial weights and dropout, and have every operation give the same result each time."""
     keras.utils.set_random_seed(seed)
@@ -1404,11 +1413,7 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(exist_ok=True)
         make_repeatable(settings.seed)
-        if settings.precision == "auto":
-            # An unfinished run goes on in what it began with: a second trial could decide otherwise.
-            journal = work / "journal.npz"
-            begun = Journal.read(journal)[0]["run"].get("precision") if journal.exists() else None
-            settings = replace(settings, precision=begun or faster_precision())
+        settings = replace(settings, precision=precision_of_run(settings.precision, work / "journal.npz"))
         keras.config.set_dtype_policy(PRECISIONS[settings.precision])
         seen = see(pool, settings.features)
         with all_gpus().scope():

@@ -25,7 +25,7 @@ def test_two_devices_learn_what_one_does_from_the_same_batches(tmp_path, small_n
     def history(devices):
         output = tmp_path / devices
         command = [sys.executable, "-c", RUN, devices, "--data", small_npz, "--output", output, "--drawn", "0"]
-        command += ["--features", "raw", "--batch-size", "102", "--epochs", "2"]
+        command += ["--features", "raw", "--batch-size", "102", "--epochs", "2", "--precision", "float32"]
         done = subprocess.run([str(x) for x in command], cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return json.loads((output / "metrics.json").read_text())["history"]

@@ -163,6 +163,18 @@ def test_bfloat16_is_chosen_only_where_the_processor_has_it_and_it_is_measured_f
     assert run5.faster_precision() == expected
 
 
+def test_an_unfinished_run_keeps_the_precision_that_it_began_with(monkeypatch, tmp_path):
+    monkeypatch.setattr(run5, "faster_precision", lambda: "float32")
+    journal = tmp_path / "journal.npz"
+    assert run5.precision_of_run("auto", journal) == "float32"
+    np.savez(journal, journal=np.array('{"run": {"precision": "bfloat16"}}'))
+    assert run5.precision_of_run("auto", journal) == "bfloat16"
+    assert run5.precision_of_run("float32", journal) == "float32"
+    journal.write_bytes(b"torn")
+    with pytest.raises(run5.InputError, match="cannot be read"):
+        run5.precision_of_run("auto", journal)
+
+
 def test_height_is_two_to_the_softplus(model, dataset, seen):
     rows = np.arange(50)
     heights = model.predict(run5.model_inputs(dataset, rows), verbose=0)
