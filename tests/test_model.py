@@ -218,7 +218,7 @@ def test_defaults_are_the_design():
     assert (settings.epochs, settings.batch_size, settings.seed, settings.val_fraction) == (250, 256, 42, 0.15)
     assert (settings.learning_rate, settings.weight_decay, settings.clipnorm) == (1e-3, 1e-4, 1.0)
     assert (settings.plateau_factor, settings.plateau_patience, settings.stop_patience) == (0.7, 15, 40)
-    assert settings.stop_min_delta == 0.005
+    assert settings.stop_min_delta == 0.003
     assert (settings.constant_epochs, settings.decay) == (10, 0.95)
     assert (settings.features, settings.drawn, settings.precision) == ("basis", 4, "auto")
     assert not (asked.fresh or asked.trust_labels or asked.predict)
