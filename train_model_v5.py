@@ -40,8 +40,8 @@ from zipfile import BadZipFile
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # TensorFlow leaves oneDNN's matrix products off where a processor has no AVX-512, though they halve a step there too.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-# What XLA is to compile where it is to leave the products alone (see compile_network): all else, and at once, so that a
-# resumed run computes every step as one that was not stopped.
+# Where XLA is to leave the products alone (see compiled_between_products) it has all else to compile, and at once, so
+# that a resumed run computes every step as one that was not stopped.
 os.environ.setdefault(
     "TF_XLA_FLAGS", "--tf_xla_cpu_global_jit --tf_xla_ops_to_cluster=FUSIBLE --tf_xla_enable_lazy_compilation=false"
 )
@@ -881,7 +881,7 @@ def faster_precision() -> str:
     """bfloat16 where the processor has it and a product in it takes three quarters of the time or less, else float32.
 
     Three quarters, because less is lost again around the products, and so that noise does not decide. Each is
-    multiplied as compile_network has it: float32 by XLA, bfloat16 by oneDNN.
+    multiplied as in training: float32 by XLA, bfloat16 by oneDNN.
     """
     if keras.backend.backend() != "tensorflow" or has_gpu() or not {"avx512_bf16", "amx_bf16"} & set(processor()[1]):
         return "float32"
@@ -914,23 +914,40 @@ def make_repeatable(seed: int) -> None:
         tf.config.experimental.enable_op_determinism()
 
 
-def compile_network(network: keras.Model, settings: Settings) -> None:
-    """Give the network its optimizer and its loss, the MSE of log2 heights.
+def compiled_by_xla() -> str:
+    """What XLA compiles of a step: "all", what lies "between" the products, or "nothing".
 
-    A step is compiled with XLA, except on GPUs: Keras does not compile what is made deterministic there. On CPUs XLA
-    multiplies bfloat16 as float32, so in bfloat16 it has only what lies between the products, and oneDNN has these.
+    Nothing on GPUs, where Keras does not compile what is made deterministic, and on several devices. On CPUs XLA
+    multiplies bfloat16 as float32, so that the products are better left to oneDNN.
     """
-    whole = not has_gpu() and devices()[1] == 1
-    if whole and keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
+    if has_gpu() or devices()[1] > 1:
+        return "nothing"
+    in_bfloat16 = keras.config.dtype_policy().compute_dtype == "bfloat16"
+    return "between" if in_bfloat16 and keras.backend.backend() == "tensorflow" else "all"
 
-        whole = keras.config.dtype_policy().compute_dtype == "float32"
-        tf.config.optimizer.set_jit(not whole)
+
+@contextmanager
+def compiled_between_products() -> Iterator[None]:
+    """Where compiled_by_xla says so, have what runs inside compiled as TF_XLA_FLAGS has it."""
+    if compiled_by_xla() != "between":
+        yield
+        return
+    import tensorflow as tf
+
+    tf.config.optimizer.set_jit(True)
+    try:
+        yield
+    finally:
+        tf.config.optimizer.set_jit(False)
+
+
+def compile_network(network: keras.Model, settings: Settings) -> None:
+    """Give the network its optimizer and its loss, the MSE of log2 heights."""
     network.compile(
         optimizer=AdamW(settings.learning_rate, weight_decay=settings.weight_decay, clipnorm=settings.clipnorm),
         loss="mean_squared_error",
         metrics=[keras.metrics.MeanSquaredError(name="log2_mse")],
-        jit_compile=whole,
+        jit_compile=compiled_by_xla() == "all",
     )
 
 
@@ -982,7 +999,7 @@ def fit_resumably(network, journal: Journal, stream, steps: int, validation, epo
     batches_to_come = stream(first_epoch)
     if devices()[1] > 1:
         batches_to_come = from_the_start_again(partial(stream, first_epoch))
-    with ends_after_the_epoch(journal):
+    with ends_after_the_epoch(journal), compiled_between_products():
         network.fit(
             batches_to_come,
             steps_per_epoch=steps,
