@@ -120,19 +120,19 @@ def test_the_trained_model_errs_as_little_in_bfloat16():
     if not path.exists():
         pytest.skip("no trained model: python train_model_v5.py makes it")
     trained = run5.load_trained(path).get_layer("log2_height")
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    try:
-        network = run5.build_network(run5.BasisNorms.WIDTH, trained.get_layer("P_scaled"))
-    finally:
-        keras.config.set_dtype_policy("float32")
-    network.set_weights(trained.get_weights())
     shipped = run5.load_dataset(*run5.Settings().data)
     rows = run5.split_dataset(shipped)[1]
     codes = Codes(shipped.k[rows], shipped.m[rows], shipped.P[rows])
     inputs = run5.network_inputs(codes, run5.see(codes, "basis"), np.arange(len(rows)))
     predicted, errors = {}, {}
-    for precision, made in (("float32", trained), ("bfloat16", network)):
-        predicted[precision] = made.predict(inputs, batch_size=2048, verbose=0)[:, 0]
+    for precision, policy in run5.PRECISIONS.items():
+        keras.config.set_dtype_policy(policy)
+        try:
+            network = run5.build_network(run5.BasisNorms.WIDTH, trained.get_layer("P_scaled"))
+        finally:
+            keras.config.set_dtype_policy("float32")
+        network.set_weights(trained.get_weights())
+        predicted[precision] = network.predict(inputs, batch_size=2048, verbose=0)[:, 0]
         table = run5.group_errors(codes.k, codes.m, shipped.log2_height[rows], predicted[precision])
         errors[precision] = table["log2_mse"]
         print(f"{precision}: {errors[precision].round(5).to_dict()}, mean {errors[precision].mean():.5f}")

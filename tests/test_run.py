@@ -121,7 +121,8 @@ def test_report_says_what_was_run_and_how_it_compares(finished, metrics):
 
 def test_the_literal_20_numbers_bfloat16_and_no_drawn_codes_when_asked_for(tmp_path, small_npz):
     arguments = ["--data", small_npz, "--output", tmp_path, "--epochs", "1", "--features", "raw", "--drawn", "0"]
-    process = run_script(*arguments, "--precision", "bfloat16")
+    # All rows in one batch: each shape of a batch is compiled anew, which takes most of the time here.
+    process = run_script(*arguments, "--precision", "bfloat16", "--batch-size", "306")
     assert process.returncode == 0, process.stderr
     report = (tmp_path / "detailed_comparison.txt").read_text()
     for said in (
@@ -298,7 +299,7 @@ def test_a_killed_run_goes_on_to_the_result_of_an_unbroken_one(tmp_path, small_n
 
 
 def test_ctrl_c_ends_the_epoch_and_reports_what_there_is(tmp_path, small_npz):
-    arguments = ["--data", small_npz, "--output", tmp_path, "--epochs", "200"]
+    arguments = ["--data", small_npz, "--output", tmp_path, "--epochs", "200", "--batch-size", "306"]
     process = start(*arguments)
     for line in process.stdout:
         if line.startswith("epoch 1/"):
