@@ -902,7 +902,7 @@ def precision_of_run(asked: str, journal: Path) -> str:
     if asked != "auto":
         return asked
     begun = Journal.read(journal)[0]["run"].get("precision") if journal.exists() else None
-    return begun or faster_precision()
+    return begun if begun in PRECISIONS else faster_precision()
 
 
 def make_repeatable(seed: int) -> None:

@@ -23,6 +23,13 @@ def seen(dataset):
     return run5.see(dataset, "basis")
 
 
+@pytest.fixture(autouse=True)
+def float32_again():
+    """A run sets Keras' policy for the whole process."""
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
 def built(seen, features="basis"):
     return run5.height_model(run5.build_network(seen.shape[1], run5.fit_scaler(seen, np.arange(len(seen)))), features)
 
@@ -170,6 +177,8 @@ def test_an_unfinished_run_keeps_the_precision_that_it_began_with(monkeypatch, t
     np.savez(journal, journal=np.array('{"run": {"precision": "bfloat16"}}'))
     assert run5.precision_of_run("auto", journal) == "bfloat16"
     assert run5.precision_of_run("float32", journal) == "float32"
+    np.savez(journal, journal=np.array('{"run": {"precision": "auto"}}'))
+    assert run5.precision_of_run("auto", journal) == "float32"
     journal.write_bytes(b"torn")
     with pytest.raises(run5.InputError, match="cannot be read"):
         run5.precision_of_run("auto", journal)
@@ -303,6 +312,26 @@ def test_optimizer_is_the_designs_and_steps_are_compiled(dataset, tmp_path, smal
     assert (optimizer.weight_decay, optimizer.clipnorm) == (1e-4, 1.0)
     with h5py.File(tmp_path / "best_model.h5") as file:
         assert "optimizer_weights" not in file and "training_config" not in file.attrs
+
+
+@pytest.mark.parametrize(
+    ("policy", "gpu", "several", "expected"),
+    [
+        ("float32", False, 1, "all"),
+        ("mixed_bfloat16", False, 1, "between"),
+        ("mixed_bfloat16", True, 1, "nothing"),
+        ("mixed_bfloat16", False, 2, "nothing"),
+    ],
+)
+def test_xla_leaves_bfloat16s_products_alone_and_only_while_training(monkeypatch, policy, gpu, several, expected):
+    monkeypatch.setattr(run5, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(run5, "devices", lambda: (0, several))
+    keras.config.set_dtype_policy(policy)
+    assert run5.compiled_by_xla() == expected
+    with pytest.raises(InterruptedError), run5.compiled_between_products():
+        assert bool(tf.config.optimizer.get_jit()) == (expected == "between")
+        raise InterruptedError
+    assert not tf.config.optimizer.get_jit()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(dataset, tmp_path, small_network):
