@@ -210,6 +210,8 @@ def weighted_batches(dataset, seen, rows, recipe: Recipe, settings, steps: int, 
 def train_recipe(recipe: Recipe, dataset, train_rows, val_rows, settings, work: Path) -> tuple:
     """Train or go on; returns the journal and the log2 heights predicted for the validation rows by the best epoch."""
     run5.make_repeatable(settings.seed)
+    # A run of Run 5 earlier in this process may have left Keras with another.
+    keras.config.set_dtype_policy("float32")
     seen = run5.see(dataset, "raw")
     model = run5.height_model(recipe.build(run5.fit_scaler(seen, train_rows)), "raw")
     network = model.get_layer("log2_height")

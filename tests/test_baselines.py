@@ -133,8 +133,15 @@ def test_runs_write_their_rows_and_the_report_shows_them(narrow, small_npz, tmp_
     shutil.copy(CSV, csv)
     published = pd.read_csv(csv).query("source == 'published'")
     options = ["--data", small_npz, "--output", tmp_path / "work", "--csv", csv, "--epochs", 1]
+    fit, policies = run5.fit_resumably, []
+    monkeypatch.setattr(run5, "faster_precision", lambda: "bfloat16")
+    monkeypatch.setattr(
+        run5, "fit_resumably", lambda *rest: (policies.append(keras.config.dtype_policy().name), fit(*rest))
+    )
     for _ in range(2):
         assert baselines.main([*map(str, options)]) == 0
+    keras.config.set_dtype_policy("float32")
+    assert policies == 2 * [*3 * ["float32"], "mixed_bfloat16", "float32"]
     rows = pd.read_csv(csv)
     pd.testing.assert_frame_equal(rows.query("source == 'published'"), published, check_dtype=False)
     dataset = run5.load_dataset(small_npz)
