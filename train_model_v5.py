@@ -13,6 +13,7 @@ The file reads from top to bottom in the order the data flows:
     settings, dataset, split, input, model, training, report, plots, prediction, main
 """
 
+import ctypes
 import hashlib
 import io
 import itertools
@@ -29,7 +30,7 @@ import time
 import timeit
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
@@ -108,6 +109,9 @@ INTERRUPTED = 130
 
 # Rows in one step where nothing is learned; it changes no result.
 PREDICTION_BATCH = 2048
+
+# Batches whose rows are seen together, since codes of one k are seen in half the time.
+SEEN_AHEAD = 32
 
 GROUP_WEIGHTS = {
     (4, 2): 1.0,
@@ -394,6 +398,15 @@ def by_rows(sort, x):
     return tf.ensure_shape(tf.numpy_function(done, [x], dtype, stateful=False), x.shape)
 
 
+def left_by_xla():
+    """A context whose operations XLA leaves alone wherever it compiles, since it rounds in another way."""
+    if keras.backend.backend() != "tensorflow":
+        return nullcontext()
+    import tensorflow as tf
+
+    return nullcontext() if tf.executing_eagerly() else tf.xla.experimental.jit_scope(compile_ops=False)
+
+
 @keras.saving.register_keras_serializable("m_height")
 class BasisNorms(layers.Layer):
     """The code seen from each of its bases (information sets) at a time. A layer without weights.
@@ -437,8 +450,12 @@ class BasisNorms(layers.Layer):
     def with_dimension(self, value: int, k, m, P, view):
         """`view` with the rows of codes of this k filled in; a batch without such codes is spared their minors."""
         chosen = ops.equal(k, value)
-        fill = partial(self.of_dimension, P, m, value)
-        return ops.cond(ops.any(chosen), lambda: ops.where(chosen, fill(), view), lambda: view)
+
+        def filled():
+            with left_by_xla():
+                return ops.where(chosen, self.of_dimension(P, m, value), view)
+
+        return ops.cond(ops.any(chosen), filled, lambda: view)
 
     def compute_output_spec(self, k, m, P_matrix):
         return keras.KerasTensor((P_matrix.shape[0], self.WIDTH), "float32")
@@ -573,17 +590,45 @@ def residual_block(x, units: int, dropout: float):
     return layers.Add()([dense_block(inner, units), x])
 
 
+class Seen:
+    """What the network sees of P, float32 (rows, width), each row made when it is first asked for and then kept.
+
+    Indexed by row numbers like an array. To see all drawn codes takes as long as half an epoch, and the first step
+    needs few of them.
+    """
+
+    def __init__(self, codes: Dataset | Codes, features: str) -> None:
+        k, m = (layers.Input((1,), dtype="int32") for _ in "km")
+        P_matrix = layers.Input((P_WIDTH,), dtype="float64")
+        self.codes, self.view = codes, keras.Model([k, m, P_matrix], FEATURES[features]()(k, m, P_matrix))
+        # Kept in the order in which they are made: memory is taken from the system where it is first written.
+        self.values = np.empty((len(codes.k), self.view.output.shape[1]), dtype=np.float32)
+        self.place = np.full(len(codes.k), -1)
+        self.made = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        missing = np.unique(rows[self.place[rows] < 0])
+        missing = missing[np.argsort(self.codes.k[missing], kind="stable")]
+        for start in range(0, len(missing), PREDICTION_BATCH):
+            self.make(missing[start : start + PREDICTION_BATCH])
+        return self.values[self.place[rows]]
+
+    def make(self, rows: np.ndarray) -> None:
+        """Make at most PREDICTION_BATCH rows that are missing."""
+        # Always that many, since another shape would be traced, which takes a second.
+        k, m, P = (getattr(self.codes, name)[np.resize(rows, PREDICTION_BATCH)] for name in ("k", "m", "P"))
+        self.place[rows] = self.made + np.arange(len(rows))
+        self.values[self.place[rows]] = self.view.predict_on_batch([k[:, None], m[:, None], P])[: len(rows)]
+        self.made += len(rows)
+
+
 def see(codes: Dataset | Codes, features: str) -> np.ndarray:
-    """What the network sees of P, float32 (rows, width): made once for all epochs."""
-    k, m = (layers.Input((1,), dtype="int32") for _ in "km")
-    P_matrix = layers.Input((P_WIDTH,), dtype="float64")
-    view = keras.Model([k, m, P_matrix], FEATURES[features]()(k, m, P_matrix))
-    seen = np.empty((len(codes.k), view.output.shape[1]), dtype=np.float32)
-    by_k = np.argsort(codes.k, kind="stable")
-    for start in range(0, len(by_k), PREDICTION_BATCH):
-        rows = by_k[start : start + PREDICTION_BATCH]
-        seen[rows] = view.predict_on_batch([codes.k[rows, None], codes.m[rows, None], codes.P[rows]])
-    return seen
+    """What the network sees of P, float32 (rows, width)."""
+    return Seen(codes, features)[np.arange(len(codes.k))]
 
 
 def fit_scaler(seen: np.ndarray, rows: np.ndarray) -> layers.Layer:
@@ -663,9 +708,13 @@ def batches(
     for epoch in itertools.count(first_epoch):
         rng = np.random.default_rng([settings.seed, epoch])
         order = rng.permutation(rng.choice(rows, rows_an_epoch, replace=False, p=chance))
-        for start in range(0, len(order), settings.batch_size):
-            batch = order[start : start + settings.batch_size]
-            yield network_inputs(dataset, seen, batch), dataset.log2_height[batch, None], weight[batch]
+        for start in range(0, len(order), settings.batch_size * SEEN_AHEAD):
+            ahead = order[start : start + settings.batch_size * SEEN_AHEAD]
+            inputs = network_inputs(dataset, seen, ahead)
+            for first in range(0, len(ahead), settings.batch_size):
+                part = slice(first, first + settings.batch_size)
+                x = {name: column[part] for name, column in inputs.items()}
+                yield x, dataset.log2_height[ahead[part], None], weight[ahead[part]]
 
 
 class BestModel(keras.callbacks.ModelCheckpoint):
@@ -941,6 +990,18 @@ def compiled_between_products() -> Iterator[None]:
         tf.config.optimizer.set_jit(False)
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, where it is glibc. A step frees and asks for tens of MB again, and to get
+    them from the system each time, page by page, takes up to a fifth of it."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_MMAP_MAX, 0)
+
+
 def compile_network(network: keras.Model, settings: Settings) -> None:
     """Give the network its optimizer and its loss, the MSE of log2 heights."""
     network.compile(
@@ -995,6 +1056,7 @@ def fit_resumably(network, journal: Journal, stream, steps: int, validation, epo
         )
     if journal.finished:
         return
+    keep_freed_memory()
     first_epoch = len(journal.history)
     batches_to_come = stream(first_epoch)
     if devices()[1] > 1:
@@ -1439,7 +1501,7 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
         make_repeatable(settings.seed)
         settings = replace(settings, precision=precision_of_run(settings.precision, work / "journal.npz"))
         keras.config.set_dtype_policy(PRECISIONS[settings.precision])
-        seen = see(pool, settings.features)
+        seen = Seen(pool, settings.features)
         with all_gpus().scope():
             network = build_network(seen.shape[1], fit_scaler(seen, own_rows))
             model = height_model(network, settings.features)
