@@ -173,7 +173,7 @@ class Settings:
     plateau_factor: float = setting(0.7, "factor on the rate when val_loss has not fallen for plateau_patience epochs")
     plateau_patience: int = setting(15, "epochs without a lower val_loss before the rate is cut")
     stop_patience: int = setting(40, "epochs without a lower val_loss before the run ends")
-    stop_min_delta: float = setting(0.003, "how much lower val_loss must be for the stop to count it as lower")
+    stop_min_delta: float = setting(0.002, "how much lower val_loss must be for the stop to count it as lower")
     group_weights: dict[tuple[int, int], float] = setting(
         GROUP_WEIGHTS, "weight of a row of each (k, m) group in the training loss"
     )
