@@ -631,7 +631,7 @@ def see(codes: Dataset | Codes, features: str) -> np.ndarray:
     return Seen(codes, features)[np.arange(len(codes.k))]
 
 
-def fit_scaler(seen: np.ndarray, rows: np.ndarray) -> layers.Layer:
+def fit_scaler(seen: Seen | np.ndarray, rows: np.ndarray) -> layers.Layer:
     """The layer that brings each column of `seen`, shape (all rows, width), to mean 0 and variance 1 over `rows`."""
     scaler = StandardScaler()
     for start in range(0, len(rows), PREDICTION_BATCH):
@@ -687,7 +687,7 @@ def lr_schedule(epoch: int, lr: float, constant_epochs: int = 10, decay: float =
     return lr if epoch < constant_epochs else lr * decay
 
 
-def network_inputs(dataset: Dataset | Codes, seen: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+def network_inputs(dataset: Dataset | Codes, seen: Seen | np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
     """What the network takes for these rows, by input name: n, k, m of shape (rows, 1), P_seen (rows, width)."""
     inputs = model_inputs(dataset, rows)
     del inputs["P_matrix"]
@@ -695,7 +695,12 @@ def network_inputs(dataset: Dataset | Codes, seen: np.ndarray, rows: np.ndarray)
 
 
 def batches(
-    dataset: Dataset, seen: np.ndarray, rows: np.ndarray, rows_an_epoch: int, settings: Settings, first_epoch: int = 0
+    dataset: Dataset,
+    seen: Seen | np.ndarray,
+    rows: np.ndarray,
+    rows_an_epoch: int,
+    settings: Settings,
+    first_epoch: int = 0,
 ) -> Iterator[tuple]:
     """Endless (inputs, log2 heights, weights), epoch after epoch, `rows_an_epoch` of the rows in each, none twice.
 
@@ -992,7 +997,7 @@ def compiled_between_products() -> Iterator[None]:
 
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed, where it is glibc. A step frees and asks for tens of MB again, and to get
-    them from the system each time, page by page, takes up to a fifth of it."""
+    them from the system each time, page by page, takes a tenth of it or more in float32."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, TypeError):

@@ -5,6 +5,7 @@ from itertools import combinations
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import train_model_v5 as run5
 from data.prepare import GROUPS, Codes, cramer_table, draw_codes, flatten, m_heights, minors
@@ -179,6 +180,38 @@ def test_what_the_network_sees_is_in_the_order_of_the_rows(small_npz):
     mixed = Codes(dataset.k[order], dataset.m[order], dataset.P[order])
     np.testing.assert_allclose(run5.see(mixed, "basis"), run5.see(dataset, "basis")[order], atol=1e-6)
     np.testing.assert_array_equal(run5.see(mixed, "raw"), mixed.P)
+
+
+def test_rows_are_seen_when_first_asked_for_and_kept(small_npz, monkeypatch):
+    """In small batches here: what is seen of a row must not depend on its company, or a resumed run would differ."""
+    dataset = run5.load_dataset(small_npz)
+    whole = run5.see(dataset, "basis")
+    monkeypatch.setattr(run5, "PREDICTION_BATCH", 16)
+    seen = run5.Seen(dataset, "basis")
+    assert seen.shape == whole.shape and seen.made == 0
+    rng = np.random.default_rng(0)
+    rows = rng.integers(len(dataset), size=50)
+    np.testing.assert_array_equal(seen[rows], whole[rows])
+    assert seen.made == len(np.unique(rows))
+    everything = rng.permutation(len(dataset))
+    np.testing.assert_array_equal(seen[everything], whole[everything])
+    assert seen.made == len(dataset)
+    seen.view = None
+    np.testing.assert_array_equal(seen[rows], whole[rows])
+
+
+def test_xla_leaves_the_view_alone(small_npz):
+    """It rounds in another way, and rows are seen while a step that it compiles is running."""
+    dataset = run5.load_dataset(small_npz)
+    outside = run5.see(dataset, "basis")
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        with run5.compiled_between_products():
+            assert tf.config.optimizer.get_jit()
+            inside = run5.see(dataset, "basis")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    np.testing.assert_array_equal(inside, outside)
 
 
 def test_drawn_codes_are_new_labelled_exactly_and_follow_from_the_seed(small_npz):

@@ -1,5 +1,6 @@
 """The network as the design spells it out, its training configuration, and the saved file."""
 
+import platform
 import time
 
 import h5py
@@ -227,13 +228,15 @@ def test_defaults_are_the_design():
     assert (settings.epochs, settings.batch_size, settings.seed, settings.val_fraction) == (250, 256, 42, 0.15)
     assert (settings.learning_rate, settings.weight_decay, settings.clipnorm) == (1e-3, 1e-4, 1.0)
     assert (settings.plateau_factor, settings.plateau_patience, settings.stop_patience) == (0.7, 15, 40)
-    assert settings.stop_min_delta == 0.003
+    assert settings.stop_min_delta == 0.002
     assert (settings.constant_epochs, settings.decay) == (10, 0.95)
     assert (settings.features, settings.drawn, settings.precision) == ("basis", 4, "auto")
     assert not (asked.fresh or asked.trust_labels or asked.predict)
 
 
-def test_an_epoch_has_every_training_row_once_with_its_weight(dataset):
+@pytest.mark.parametrize("ahead", [3, 32])
+def test_an_epoch_has_every_training_row_once_with_its_weight(dataset, ahead, monkeypatch):
+    monkeypatch.setattr(run5, "SEEN_AHEAD", ahead)
     settings = run5.Settings(batch_size=50)
     rows = np.arange(0, len(dataset), 2)
     seen = dataset.P + 0.5
@@ -332,6 +335,24 @@ def test_xla_leaves_bfloat16s_products_alone_and_only_while_training(monkeypatch
         assert bool(tf.config.optimizer.get_jit()) == (expected == "between")
         raise InterruptedError
     assert not tf.config.optimizer.get_jit()
+
+
+def test_freed_memory_is_kept_for_the_next_step():
+    resource = pytest.importorskip("resource")
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc is told to")
+    run5.keep_freed_memory()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        assert len(b"x" * 30_000_000) == 30_000_000
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 700, "a tenth of its pages or more came from the system"
+
+
+@pytest.mark.parametrize("library", [lambda name: object(), lambda name: len(name)])
+def test_another_c_library_keeps_what_it_likes(library, monkeypatch):
+    monkeypatch.setattr(run5.ctypes, "CDLL", library)
+    run5.keep_freed_memory()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(dataset, tmp_path, small_network):
