@@ -1,6 +1,6 @@
 """Rates side by side: training, start, labeller, prediction. One table; each figure against its reference, in turn.
 
-    python tests/benchmark.py [--repeats 3] [--only training start labeller prediction]
+    python tests/benchmark.py [--repeats 3] [--only training start labeller prediction] [--precision float32]
 
 Figure and reference are measured in turn, `--repeats` times; the table has the median of each, and the median, least
 and largest of the ratios. Nothing else should run on the machine meanwhile. Takes about ten minutes on two cores.
@@ -178,7 +178,7 @@ def training(repeats: int) -> list[str]:
     with ExitStack() as stack:
 
         def start(way: str) -> Callable[[], float]:
-            command = [sys.executable, __file__, "--serve", way]
+            command = [sys.executable, __file__, "--precision", run5.faster_precision(), "--serve", way]
             pipe = subprocess.PIPE
             process = stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
 
@@ -260,8 +260,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="readings of each figure (default: 3)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure (default: all)")
+    parser.add_argument("--precision", choices=run5.PRECISIONS, help="of training and prediction (default: the faster)")
     parser.add_argument("--serve", choices=WAYS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.precision:
+        run5.faster_precision = lambda: asked.precision
     if asked.serve:
         return serve(asked.serve)
     print(f"{run5.machine()}; {run5.faster_precision()}; {asked.repeats} readings each\n")
