@@ -593,8 +593,7 @@ def residual_block(x, units: int, dropout: float):
 class Seen:
     """What the network sees of P, float32 (rows, width), each row made when it is first asked for and then kept.
 
-    Indexed by row numbers like an array. To see all drawn codes takes as long as half an epoch, and the first step
-    needs few of them.
+    Indexed by row numbers like an array. The first step needs few rows, and would wait for all of them.
     """
 
     def __init__(self, codes: Dataset | Codes, features: str) -> None:
