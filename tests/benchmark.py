@@ -263,8 +263,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=run5.PRECISIONS, help="of training and prediction (default: the faster)")
     parser.add_argument("--serve", choices=WAYS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.precision:
-        run5.faster_precision = lambda: asked.precision
+    # Tried once, while nothing else runs: by later trials the ways could differ in what they train in.
+    precision = asked.precision or run5.faster_precision()
+    run5.faster_precision = lambda: precision
     if asked.serve:
         return serve(asked.serve)
     print(f"{run5.machine()}; {run5.faster_precision()}; {asked.repeats} readings each\n")
