@@ -4,9 +4,9 @@
 
 trains a simple residual network on data/augmented.npz and writes to run_5/: best_model_run5.h5, training_history.png,
 predictions_scatter.png, comparison.png, detailed_comparison.txt and metrics.json. A run that was killed goes on when
-the same command is given again. One run of the defaults (seed 42, early stop after 101 epochs, best epoch 84) reached
-a mean log2-MSE of 0.041 over the nine groups, no code shared between training and validation, in 40 min on two cores
-(AMD EPYC with avx512_bf16, no GPU; 24 s an epoch in bfloat16).
+the same command is given again. One run of the defaults (seed 42, early stop after 101 epochs, best epoch 86) reached
+a mean log2-MSE of 0.041 over the nine groups, no code shared between training and validation, in 20 min on two cores
+(AMD EPYC with avx512_bf16, no GPU; 12 s an epoch in bfloat16).
 
 The file reads from top to bottom in the order the data flows:
 
