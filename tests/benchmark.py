@@ -7,21 +7,18 @@ and largest of the ratios. Nothing else should run on the machine meanwhile. Tak
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 if sys.argv[-1] == "plain":
-    # Plain Keras has TensorFlow's own settings; the others have those that the script makes when it is imported.
-    import tensorflow  # noqa: F401
+    import tensorflow  # noqa: F401  (with its own settings, not those that the script makes when it is imported)
 
 import train_model_v5 as run5  # isort: skip
 
@@ -30,39 +27,16 @@ import numpy as np
 from test_heights import height_by_lp
 from threadpoolctl import threadpool_limits
 
-from data.prepare import GROUPS, Codes, N, m_heights, unflatten
+from data import prepare
+from data.heights import GROUPS, N, m_heights, unflatten
 
 STEPS = 60
-
-FIRST_STEP = """
-import os, sys, time
-import train_model_v5 as run5
-def first_step(*_, **__):
-    print(time.time() - float(sys.argv[1]), flush=True)
-    os._exit(0)
-run5.Progress.on_train_batch_end = first_step
-run5.main(["--output", sys.argv[2]])
-"""
-
-# In a process of its own: workers import what the main module imports, and TensorFlow takes longer than their work.
-LABEL_MANY = """
-import sys, time
-import numpy as np
-from data.prepare import Codes, label, read_codes
-codes = read_codes("data/augmented.npz")
-rows = np.tile(np.arange(len(codes.k)), 20)
-many = Codes(*(column[rows] for column in codes))
-start = time.perf_counter()
-label(many, workers=int(sys.argv[1]) or None)
-print(len(rows) / (time.perf_counter() - start))
-"""
 
 
 def rate(work: Callable[[], int]) -> float:
     """What `work` says it did, a second."""
     start = time.perf_counter()
-    done = work()
-    return done / (time.perf_counter() - start)
+    return work() / (time.perf_counter() - start)
 
 
 def in_turn(repeats: int, *ways: Callable[[], float]) -> list[list[float]]:
@@ -74,22 +48,17 @@ def in_turn(repeats: int, *ways: Callable[[], float]) -> list[list[float]]:
 def line(name: str, unit: str, goal: str, measured: list[float], reference: list[float]) -> str:
     """One line of the table."""
     ratios = np.divide(measured, reference)
-    spread = f"{ratios.min():,.2f} to {ratios.max():,.2f}"
     figures = f"{np.median(measured):>12,.1f}{np.median(reference):>12,.4g}{np.median(ratios):>12,.2f}"
-    return f"{name:<46}{unit:<9}{figures}  {spread:<26}{goal}"
+    return f"{name:<42}{unit:<9}{figures}  {f'{ratios.min():,.2f} to {ratios.max():,.2f}':<24}{goal}"
 
 
-# --- training -------------------------------------------------------------------------------------------------------
-
-
-def some_of_the_dataset():
-    """Dataset, what the network sees of every seventh row, these rows, settings."""
-    settings = run5.Settings()
+def training_rows() -> tuple[run5.Dataset, run5.Settings]:
+    """Rows of the dataset for so many steps, all groups among them, with their features."""
+    settings = run5.Settings(extra_codes=0)
     dataset = run5.load_dataset(*settings.data)
-    rows = np.arange(0, len(dataset), 7)
-    seen = np.zeros((len(dataset), run5.BasisNorms.WIDTH), np.float32)
-    seen[rows] = run5.see(Codes(dataset.k[rows], dataset.m[rows], dataset.P[rows]), settings.features)
-    return dataset, seen, rows[: STEPS * settings.batch_size], settings
+    rows = np.linspace(0, len(dataset) - 1, STEPS * settings.batch_size).astype(int)
+    data = dataset.take(rows)
+    return replace(data, features=run5.predict_all(run5.feature_model("basis"), data)), settings
 
 
 class StepEnds(keras.callbacks.Callback):
@@ -100,87 +69,34 @@ class StepEnds(keras.callbacks.Callback):
         self.times.append(time.perf_counter())
 
 
-def fit_rate(network: keras.Model, *data, **options) -> float:
-    """Rows a second by the median step: `fit` takes seconds to end, once, which would weigh in a short one."""
-    ends = StepEnds()
-    network.fit(*data, verbose=0, callbacks=[ends], **options)
-    return run5.Settings().batch_size / np.median(np.diff(ends.times))
+def serve(way: str, precision: str) -> None:
+    """Rows a second by the median step of `fit`, for every line on stdin. Each way has a process of its own."""
+    run5.set_up_keras(42, "float32" if way == "plain" else precision)
+    data, settings = training_rows()
+    network, batches, ends = run5.build_network(data.features), run5.Batches(data, settings), StepEnds()
+    optimizer = keras.optimizers.AdamW(settings.learning_rate, weight_decay=1e-4, clipnorm=1.0)
+    if way == "plain":
 
+        def stock(layer):
+            kind = keras.layers.Dropout if isinstance(layer, run5.HashDropout) else type(layer)
+            return kind.from_config(layer.get_config())
 
-def as_the_script_trains() -> Callable[[], float]:
-    run5.make_repeatable(42)
-    keras.config.set_dtype_policy(run5.PRECISIONS[run5.faster_precision()])
-    dataset, seen, rows, settings = some_of_the_dataset()
-    network = run5.build_network(seen.shape[1], run5.fit_scaler(seen, rows))
-    run5.compile_network(network, settings)
-    stream = run5.batches(dataset, seen, rows, len(rows), settings)
-    run5.keep_freed_memory()
-
-    def fit() -> float:
-        with run5.compiled_between_products():
-            return fit_rate(network, stream, steps_per_epoch=STEPS, shuffle=False)
-
-    return fit
-
-
-def as_plain_keras_trains() -> Callable[[], float]:
-    """The same layers with Keras' own Dropout, steps not compiled."""
-    run5.HashDropout = keras.layers.Dropout
-    dataset, seen, rows, settings = some_of_the_dataset()
-    network = run5.build_network(seen.shape[1], run5.fit_scaler(seen, rows))
-    network.compile(keras.optimizers.AdamW(1e-3, weight_decay=1e-4, clipnorm=1.0), "mse", jit_compile=False)
-    inputs, target = run5.network_inputs(dataset, seen, rows), dataset.log2_height[rows, None]
-    return lambda: fit_rate(network, inputs, target, batch_size=settings.batch_size)
-
-
-def matrix_products_alone() -> Callable[[], float]:
-    """The products of each step, forward and backward, on all cores, in the precision in which the script trains:
-    float32 by NumPy, bfloat16 by TensorFlow's oneDNN."""
-    width = run5.BasisNorms.WIDTH
-    network = run5.build_network(width, keras.layers.Normalization(mean=[0.0] * width, variance=[1.0] * width))
-    shapes = [layer.kernel.shape for layer in network.layers if isinstance(layer, keras.layers.Dense)]
-    pairs = [(np.ones((256, a), np.float32), np.ones((a, b), np.float32)) for a, b in shapes]
-
-    def products(x, weight) -> tuple:
-        y = x @ weight
-        return x.T @ y, y @ weight.T
-
-    if run5.faster_precision() == "bfloat16":
-        import tensorflow as tf
-
-        pairs = [[tf.cast(matrix, tf.bfloat16) for matrix in pair] for pair in pairs]
-
-        @tf.function
-        def products(x, weight) -> tuple:
-            y = tf.matmul(x, weight)
-            return tf.matmul(x, y, transpose_a=True), tf.matmul(y, weight, transpose_b=True)
-
-    def work() -> int:
-        for _ in range(STEPS):
-            for pair in pairs:
-                products(*pair)
-        return STEPS * 256
-
-    return lambda: rate(work)
-
-
-WAYS = {"script": as_the_script_trains, "plain": as_plain_keras_trains, "products": matrix_products_alone}
-
-
-def serve(way: str) -> None:
-    """A reading for every line on stdin. Each way has a process of its own: TensorFlow's settings are global."""
-    reading = WAYS[way]()
+        network = keras.models.clone_model(network, clone_function=stock)
+        network.compile(optimizer, "mse", jit_compile=False)
+    else:
+        run5.compile_network(network, optimizer)
     for _ in sys.stdin:
-        print(reading(), flush=True)
+        network.fit(batches, verbose=0, shuffle=False, callbacks=[ends])
+        print(settings.batch_size / np.median(np.diff(ends.times)), flush=True)
 
 
-def training(repeats: int) -> list[str]:
+def training(repeats: int, precision: str) -> list[str]:
     with ExitStack() as stack:
 
         def start(way: str) -> Callable[[], float]:
-            command = [sys.executable, __file__, "--precision", run5.faster_precision(), "--serve", way]
-            pipe = subprocess.PIPE
-            process = stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+            command = [sys.executable, __file__, "--precision", precision, "--serve", way]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            process = stack.enter_context(subprocess.Popen(command, text=True, **pipes))
 
             def ask() -> float:
                 process.stdin.write("\n")
@@ -189,68 +105,50 @@ def training(repeats: int) -> list[str]:
 
             return ask
 
-        script, plain, products = in_turn(repeats, *map(start, WAYS))
-    return [
-        line("training, against plain float32 fit", "rows/s", ">= 1.6", script, plain),
-        line("training, against its products alone", "rows/s", ">= 0.75", script, products),
-    ]
+        readings = in_turn(repeats, start("script"), start("plain"))
+    return [line("training, against plain float32 fit", "rows/s", "bfloat16 1.4, float32 1.25", *readings)]
 
 
-# --- start, labeller, prediction ------------------------------------------------------------------------------------
-
-
-def start(repeats: int) -> list[str]:
-    """From the command to the end of the first training step, imports included."""
+def start(repeats: int, precision: str) -> list[str]:
+    """From the command to the first epoch, imports and the features of all codes included."""
     seconds = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as output:
-            command = [sys.executable, "-c", FIRST_STEP, str(time.time()), output]
-            done = subprocess.run(command, cwd=run5.HERE, stdout=subprocess.PIPE, text=True, check=True)
-        seconds.append(float(done.stdout.split()[-1]))
-    return [line("command to first step, against 20 s", "s", "< 1", seconds, [20.0] * repeats)]
+            begin = time.perf_counter()
+            command = [sys.executable, run5.__file__, "--output", output, "--precision", precision]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            next(text for text in process.stdout if text.startswith("Epoch"))
+            seconds.append(time.perf_counter() - begin)
+            process.kill()
+            process.wait()
+    return [line("command to the first epoch", "s", "", seconds, [1.0] * repeats)]
 
 
-def labeller(repeats: int) -> list[str]:
-    """Codes a second, one m at a time on one core, against the LP definition by HiGHS; then all cores against one."""
+def labeller(repeats: int, precision: str) -> list[str]:
+    """Codes a second, one m at a time on one core, against the LP definition by HiGHS."""
     lines = []
     shipped = run5.load_dataset(*run5.Settings().data)
     for i, (k, m) in enumerate(GROUPS):
         # Of finite height all: at an infinite one the linear programs end early.
         P = unflatten(shipped.P[shipped.group == i], k)
-        number = iter(range(len(P)))
-
-        def exact(P=P, m=m) -> int:
-            m_heights(P, [m])
-            return len(P)
-
-        def programs(P=P, m=m, number=number) -> int:
-            height_by_lp(P[next(number)], m)
-            return 1
-
+        programs = iter(P)
+        ways = (lambda P=P, m=m: len(m_heights(P, [m])), lambda m=m, P=programs: int(height_by_lp(next(P), m) > 0))
         with threadpool_limits(1):
-            readings = in_turn(repeats, lambda: rate(exact), lambda: rate(programs))
+            readings = in_turn(repeats, *(lambda way=way: rate(way) for way in ways))
         goal = ">= 50,000" if m == N - k else ">= 2,500"
         lines.append(line(f"labeller, k={k},m={m}, against HiGHS", "codes/s", goal, *readings))
-
-    def many(workers: int) -> float:
-        command = [sys.executable, "-c", LABEL_MANY, str(workers)]
-        return float(subprocess.run(command, cwd=run5.HERE, stdout=subprocess.PIPE, text=True, check=True).stdout)
-
-    readings = in_turn(repeats, lambda: many(0), lambda: many(1))
-    return [*lines, line("labeller, 2,160,000 codes, against one core", "codes/s", "", *readings)]
+    return lines
 
 
-def prediction(repeats: int) -> list[str]:
+def prediction(repeats: int, precision: str) -> list[str]:
     """Codes a second from the model as it is saved, the groups mixed."""
-    keras.config.set_dtype_policy(run5.PRECISIONS[run5.faster_precision()])
-    dataset, seen, rows, settings = some_of_the_dataset()
-    network = run5.build_network(seen.shape[1], run5.fit_scaler(seen, rows))
-    with tempfile.TemporaryDirectory() as folder:
-        run5.height_model(network, settings.features).save(Path(folder) / "model.h5")
-        model = run5.load_trained(Path(folder) / "model.h5")
-    rows = np.random.default_rng(0).permutation(len(dataset))[:40_000]
-    (rates,) = in_turn(repeats, lambda: rate(lambda: len(run5.predict_heights(model, dataset, rows))))
-    return [line("prediction, against 10,000 codes/s", "codes/s", ">= 1", rates, [10_000.0] * repeats)]
+    run5.set_up_keras(42, precision)
+    data, settings = training_rows()
+    model = run5.height_model(run5.build_network(data.features), settings.features)
+    codes = prepare.make_dataset(4000, seed=1)
+    codes = codes.take(np.random.default_rng(0).permutation(len(codes)))
+    (rates,) = in_turn(repeats, lambda: rate(lambda: len(run5.predict_all(model, codes))))
+    return [line("prediction, against 8,000 codes/s", "codes/s", ">= 1", rates, [8000.0] * repeats)]
 
 
 PARTS = {"training": training, "start": start, "labeller": labeller, "prediction": prediction}
@@ -260,18 +158,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="readings of each figure (default: 3)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure (default: all)")
-    parser.add_argument("--precision", choices=run5.PRECISIONS, help="of training and prediction (default: the faster)")
-    parser.add_argument("--serve", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default=run5.precision_for("auto"))
+    parser.add_argument("--serve", choices=("script", "plain"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    # Tried once, while nothing else runs: by later trials the ways could differ in what they train in.
-    precision = asked.precision or run5.faster_precision()
-    run5.faster_precision = lambda: precision
     if asked.serve:
-        return serve(asked.serve)
-    print(f"{run5.machine()}; {run5.faster_precision()}; {asked.repeats} readings each\n")
-    print(f"{'':<46}{'unit':<9}{'measured':>12}{'reference':>12}{'ratio':>12}  {'least to largest':<26}goal")
+        return serve(asked.serve, asked.precision)
+    print(f"{prepare.environment()['machine']}; {asked.precision}; {asked.repeats} readings each\n")
+    print(f"{'':<42}{'unit':<9}{'measured':>12}{'reference':>12}{'ratio':>12}  {'least to largest':<24}goal")
     for name in asked.only:
-        print(*PARTS[name](asked.repeats), sep="\n", flush=True)
+        print(*PARTS[name](asked.repeats, asked.precision), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
-from data import prepare
-
 ROOT = Path(__file__).resolve().parent.parent
 COURSE_SAMPLE = ROOT.parent / "shared" / "course_sample"
+
+
+def pytest_configure(config):
+    slow = config.option.markexpr == "slow"
+    hypothesis.settings.register_profile("project", max_examples=1500 if slow else 25, deadline=None)
+    hypothesis.settings.load_profile("project")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Under -m slow hypothesis' tests run too, with more examples."""
+    for item in items:
+        if config.option.markexpr == "slow" and hasattr(item.obj, "is_hypothesis_test"):
+            item.add_marker("slow")
 
 
 def run_script(*arguments, script="train_model_v5.py", cwd=None, **environment):
@@ -26,8 +39,10 @@ def run_script(*arguments, script="train_model_v5.py", cwd=None, **environment):
 
 def write_dataset(path, rows_per_group=40, seed=1):
     """A dataset of all nine groups at `path`; returns its arrays."""
-    arrays = prepare.make_dataset(rows_per_group, seed)
-    del arrays["key"]
+    from data.prepare import make_dataset
+
+    dataset = make_dataset(rows_per_group, seed)
+    arrays = {name: getattr(dataset, name) for name in ("k", "m", "P", "height")}
     np.savez_compressed(path, **arrays)
     return arrays
 
@@ -37,3 +52,32 @@ def small_npz(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "small.npz"
     write_dataset(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def small(small_npz):
+    """The small dataset as it is read."""
+    from data.prepare import load_dataset
+
+    return load_dataset(small_npz)
+
+
+@pytest.fixture(autouse=True)
+def float32_again():
+    """A run sets Keras' precision for the whole process."""
+    yield
+    if "keras" in sys.modules:
+        sys.modules["keras"].config.set_dtype_policy("float32")
+
+
+@pytest.fixture
+def eager():
+    """Without graphs to trace, where only what is around the network is tested, in networks of a 32nd of the width."""
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+NARROW = 1 / 32
