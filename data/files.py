@@ -150,7 +150,7 @@ def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> list[np.ndarr
         # NumPy and zipfile raise many kinds for a torn file.
         raise InputError(f"{path}: cannot be read as npz: {one_line(error)}") from None
     if missing := [name for name in names if name not in held]:
-        raise InputError(f"{path}: has no array {missing[0]}, expected arrays k, m, P, height")
+        raise InputError(f"{path}: has no array {missing[0]}, expected arrays {', '.join(names)}")
     rows = arrays[0].size
     for name, array in zip(names, arrays, strict=True):
         shape = (rows, P_WIDTH) if name == "P" else (rows,)

@@ -75,7 +75,7 @@ def status_of_main(main: Callable[..., int]) -> Callable[..., int]:
         except MemoryError as error:
             problem = f"too little memory ({error})"
         except KeyboardInterrupt:
-            status, problem = 130, "interrupted; training goes on after the last whole epoch with the same command"
+            status, problem = 130, "interrupted; an unfinished training run is resumed by the same command"
         print(f"{script}: {' '.join(problem.split())}", file=sys.stderr)
         return status
 
@@ -231,7 +231,7 @@ def label(codes: Codes, progress=None, workers: int | None = None) -> np.ndarray
 # --- dataset --------------------------------------------------------------------------------------------------------
 
 
-def make_dataset(rows_per_group: int = ROWS_PER_GROUP, seed: int = SEED, progress=None) -> Dataset:
+def make_dataset(rows_per_group: int = ROWS_PER_GROUP, seed: int | Sequence[int] = SEED, progress=None) -> Dataset:
     """Random codes with exact heights, `rows_per_group` for each (k, m) group, no code twice in the whole dataset.
 
     P is int64. Codes of infinite height and duplicates are left out and others drawn in their place. progress(group,

@@ -1,14 +1,14 @@
-"""Run 2, Run 4 and Run 5 on raw P, trained on the dataset and the very split of train_model_v5.py.
+"""Run 2, Run 4 and Run 5 on raw P, trained on the dataset and the split of train_model_v5.py.
 
     python data/rerun_baselines.py [--runs run2 run4 run4-curriculum run5-raw run2-shared]
 
 Writes a row for each run and (k, m) group to data/baselines.csv, beside the published figures: log2-MSE of the epoch
 with the lowest val_loss on the validation rows. A run takes half an hour to hours on two cores. One that was stopped
-goes on when the same command is given again.
+is resumed by the same command.
 
 Run 2 and Run 4 are built from descriptions of their scripts: layers, weights, optimizer and callbacks as they were,
 except that no code is in training and validation at once. `run2-shared` is there for the contrast: Run 2 on a third of
-the codes, each three times, rows split at random, which is how the published figures came about.
+the codes, each three times, rows split at random, so that validation codes are in training as in the published runs.
 """
 
 import json
@@ -169,7 +169,7 @@ RUNS = ["run2", "run4", "run4-curriculum", "run5-raw", "run2-shared"]
 
 def with_shared_codes(dataset: run5.Dataset, seed: int) -> tuple[run5.Dataset, run5.Dataset]:
     """Training and validation sets as the published figures had them: a third of the codes of each group, each three
-    times, and rows split at random by group, so that most codes are in both."""
+    times, and rows split at random by group, so that most validation codes are in training too."""
     rng = np.random.default_rng(seed)
     kept = [np.flatnonzero(dataset.group == i) for i in range(len(GROUPS))]
     rows = np.concatenate([np.repeat(rng.choice(r, len(r) // 3, replace=False), 3) for r in kept])
@@ -216,21 +216,29 @@ def train_recipe(recipe: Recipe, dataset: run5.Dataset, settings: run5.Settings,
         run5.BestModel(work / "best_model.h5", model),
     ]
     run5.fit(network, WeightedBatches(train_set, settings, recipe), val_set, callbacks, checkpoint)
+    if checkpoint.diverged:
+        raise InputError(f"{work}: the loss of {recipe.name} became NaN or infinite")
     predicted = run5.predict_all(run5.load_trained(work / "best_model.h5"), val_set)[:, 0].astype(float)
     table = run5.group_errors(val_set, val_set.height, predicted).reset_index()
     best_epoch = 1 + int(np.argmin([row["val_loss"] for row in checkpoint.history]))
+    complete = checkpoint.early_stop or settings.epochs == recipe.epochs
     table = table.assign(run=recipe.name, epochs=len(checkpoint.history), best_epoch=best_epoch)
+    table = table.assign(ended="complete" if complete else f"--epochs {settings.epochs}")
     return table.assign(parameters=model.count_params(), seconds=round(checkpoint.seconds))
 
 
 def train_run5_raw(settings: run5.Settings, work: Path) -> pd.DataFrame:
     """The same for Run 5 on raw P without extra codes, trained by train_model_v5.py itself."""
-    if status := run5.run(replace(settings, features="raw", extra_codes=0, output=work), trust_labels=True):
+    whole = run5.Settings().epochs
+    settings = replace(settings, features="raw", extra_codes=0, precision="float32", output=work)
+    if status := run5.run(settings, trust_labels=True):
         raise InputError(f"{work}: Run 5 on raw P ended with status {status}")
     results = json.loads((work / "metrics.json").read_text(encoding="utf-8"))
     table = pd.DataFrame(results["groups"]).rename(columns={"run5": "log2_mse"})
+    complete = results["ended"] == "early stopping" or settings.epochs == whole
     table = table.assign(run="Run 5, raw P", epochs=results["epochs_run"], best_epoch=results["best_epoch"])
-    return table.assign(parameters=results["parameters"], seconds=round(results["times"]["wall_seconds"]))
+    table = table.assign(ended="complete" if complete else results["ended"])
+    return table.assign(parameters=results["parameters"], seconds=round(results["times"]["training_seconds"]))
 
 
 def write_rows(table: pd.DataFrame, path: Path) -> None:
@@ -255,7 +263,7 @@ def train_runs(runs: Sequence[str], settings: run5.Settings, work: Path, csv: Pa
             table = train_run5_raw(settings, folder)
         else:
             table = train_recipe(RECIPES[run], dataset, settings, folder)
-        table = table.assign(source="measured", ended="complete", seed=settings.seed, dataset=dataset.sha256)
+        table = table.assign(source="measured", seed=settings.seed, dataset=dataset.sha256)
         write_rows(table, csv)
         print(f"{csv}: {run}, mean of the groups {table['log2_mse'].mean():.6f}", flush=True)
         shutil.rmtree(folder)
@@ -277,8 +285,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=default.epochs, help="at most so many, and what a run has")
     parser.add_argument("--seed", type=int, default=default.seed, help="of split, weights, order and dropout")
     asked = parser.parse_args(argv)
-    if len(asked.data) > 2:
-        raise InputError(f"--data: found {len(asked.data)} paths, expected 1 or 2")
     if not asked.csv.is_file():
         raise InputError(f"--csv: {asked.csv} is no file, expected one with the published figures")
     settings = run5.Settings(data=tuple(asked.data), epochs=asked.epochs, seed=asked.seed)

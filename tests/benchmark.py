@@ -1,15 +1,14 @@
-"""Rates side by side: training, start, labeller, prediction. One table; each figure against its reference, in turn.
+"""Rates side by side: training, labeller, prediction. One table; each figure against its reference, in turn.
 
-    python tests/benchmark.py [--repeats 3] [--only training start labeller prediction] [--precision float32]
+    python tests/benchmark.py [--repeats 3] [--only training labeller prediction] [--precision float32]
 
 Figure and reference are measured in turn, `--repeats` times; the table has the median of each, and the median, least
-and largest of the ratios. Nothing else should run on the machine meanwhile. Takes about ten minutes on two cores.
+and largest of the ratios. Nothing else should run on the machine meanwhile.
 """
 
 import argparse
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -53,11 +52,9 @@ def line(name: str, unit: str, goal: str, measured: list[float], reference: list
 
 
 def training_rows() -> tuple[run5.Dataset, run5.Settings]:
-    """Rows of the dataset for so many steps, all groups among them, with their features."""
+    """Rows of all groups for so many steps, with their features."""
     settings = run5.Settings(extra_codes=0)
-    dataset = run5.load_dataset(*settings.data)
-    rows = np.linspace(0, len(dataset) - 1, STEPS * settings.batch_size).astype(int)
-    data = dataset.take(rows)
+    data = prepare.make_dataset(1 + STEPS * settings.batch_size // len(GROUPS), seed=1)
     return replace(data, features=run5.predict_all(run5.feature_model("basis"), data)), settings
 
 
@@ -76,12 +73,10 @@ def serve(way: str, precision: str) -> None:
     network, batches, ends = run5.build_network(data.features), run5.Batches(data, settings), StepEnds()
     optimizer = keras.optimizers.AdamW(settings.learning_rate, weight_decay=1e-4, clipnorm=1.0)
     if way == "plain":
-
-        def stock(layer):
-            kind = keras.layers.Dropout if isinstance(layer, run5.HashDropout) else type(layer)
-            return kind.from_config(layer.get_config())
-
-        network = keras.models.clone_model(network, clone_function=stock)
+        kinds = {run5.HashDropout: keras.layers.Dropout}
+        network = keras.models.clone_model(
+            network, clone_function=lambda x: kinds.get(type(x), type(x)).from_config(x.get_config())
+        )
         network.compile(optimizer, "mse", jit_compile=False)
     else:
         run5.compile_network(network, optimizer)
@@ -107,21 +102,6 @@ def training(repeats: int, precision: str) -> list[str]:
 
         readings = in_turn(repeats, start("script"), start("plain"))
     return [line("training, against plain float32 fit", "rows/s", "bfloat16 1.4, float32 1.25", *readings)]
-
-
-def start(repeats: int, precision: str) -> list[str]:
-    """From the command to the first epoch, imports and the features of all codes included."""
-    seconds = []
-    for _ in range(repeats):
-        with tempfile.TemporaryDirectory() as output:
-            begin = time.perf_counter()
-            command = [sys.executable, run5.__file__, "--output", output, "--precision", precision]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            next(text for text in process.stdout if text.startswith("Epoch"))
-            seconds.append(time.perf_counter() - begin)
-            process.kill()
-            process.wait()
-    return [line("command to the first epoch", "s", "", seconds, [1.0] * repeats)]
 
 
 def labeller(repeats: int, precision: str) -> list[str]:
@@ -151,7 +131,7 @@ def prediction(repeats: int, precision: str) -> list[str]:
     return [line("prediction, against 8,000 codes/s", "codes/s", ">= 1", rates, [8000.0] * repeats)]
 
 
-PARTS = {"training": training, "start": start, "labeller": labeller, "prediction": prediction}
+PARTS = {"training": training, "labeller": labeller, "prediction": prediction}
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ def test_the_output_folder_holds_the_results_and_nothing_else(finished):
 
 
 def test_a_killed_run_goes_on(finished, metrics):
-    assert "going on with an unfinished run after 1 epochs" in finished[0]
+    assert "resuming an unfinished run after 1 epochs" in finished[0]
     assert len(metrics["history"]) == 2
 
 
@@ -94,28 +94,51 @@ def readme_snippet():
     return code
 
 
-def test_the_snippet_of_the_readme_predicts(finished, home, tmp_path):
+@pytest.fixture(scope="module")
+def best(finished):
+    return run5.load_trained(finished[1] / "best_model_run5.h5")
+
+
+@pytest.fixture(scope="module")
+def predicted(best, small):
+    """The heights that the trained model gives for the small dataset, (rows,)."""
+    return run5.predict_all(best, small)[:, 0]
+
+
+LOAD_ELSEWHERE = """
+import sys, numpy as np, tensorflow as tf
+given = np.load("given.npz")
+served = tf.saved_model.load("exported mödel")
+np.save("heights.npy", served.serve([tf.constant(given[name]) for name in ("n", "k", "m", "P")]).numpy())
+assert not {"train_model_v5", "data"} & set(sys.modules)
+"""
+
+
+def test_another_process_loads_the_export_without_our_code_and_runs_the_snippet_of_the_readme(
+    finished, best, predicted, small, home, tmp_path
+):
+    best.export(tmp_path / "exported mödel", verbose=False)
+    n, k, m = (x.astype("int32")[:, None] for x in (np.full(len(small), 9), small.k, small.m))
+    np.savez(tmp_path / "given.npz", n=n, k=k, m=m, P=small.P.astype("float64"))
     (tmp_path / "run_5").mkdir()
     shutil.copy(finished[1] / "best_model_run5.h5", tmp_path / "run_5")
+    command = [sys.executable, "-c", LOAD_ELSEWHERE + readme_snippet()]
     environment = os.environ | home | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", readme_snippet()]
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    model = run5.load_trained(finished[1] / "best_model_run5.h5")
+    np.testing.assert_allclose(np.load(tmp_path / "heights.npy")[:, 0], predicted, rtol=1e-5)
     P = np.array([3, -1, 4, 1, 5, 9, 2, -6, 5, 3, 5, -8, 9, 7, 9, 3, 2, 3, 8, 4], dtype=float)
-    expected = run5.predict_all(model, run5.Codes(np.array([4]), np.array([3]), P[None]))
+    expected = run5.predict_all(best, run5.Codes(np.array([4]), np.array([3]), P[None]))
     assert float(process.stdout.strip().splitlines()[-1].strip("[]")) == pytest.approx(expected[0, 0], rel=1e-4)
 
 
-def test_metrics_are_those_of_the_saved_model(finished, metrics, small):
+def test_metrics_are_those_of_the_saved_model(metrics, predicted, small):
     _, rows = run5.split_dataset(small)
-    val_set = small.take(rows)
-    predicted = run5.predict_all(run5.load_trained(finished[1] / "best_model_run5.h5"), val_set)[:, 0]
+    square = (np.log2(predicted[rows]) - small.log2_height[rows]) ** 2
     for i, row in enumerate(metrics["groups"]):
-        inside = val_set.group == i
-        error = np.mean((np.log2(predicted[inside]) - val_set.log2_height[inside]) ** 2)
+        inside = small.group[rows] == i
         assert (row["k"], row["m"], row["n"]) == (*run5.GROUPS[i], 6)
-        assert row["run5"] == pytest.approx(error, rel=1e-5)
+        assert row["run5"] == pytest.approx(square[inside].mean(), rel=1e-5)
     best = metrics["history"][metrics["best_epoch"] - 1]["val_loss"]
     assert best == pytest.approx(np.mean([row["run5"] for row in metrics["groups"]]), rel=1e-3)
 
@@ -129,8 +152,8 @@ def test_the_report_says_what_was_run_and_how_it_compares(finished, metrics):
     for said in (
         metrics["dataset"]["sha256"],
         "2 epochs, ended by --epochs 2, best epoch",
-        f"{306 + extra:,} distinct codes, {extra:,} extra codes with them",
-        "54 distinct codes, none of them in the training set",
+        f"{306 + extra:,} rows, {extra:,} of them extra codes",
+        "54 rows, none of their codes is in the training set",
         "--features basis, scaled on the training set",
         "5,781,921 parameters, trained in bfloat16, seed 42",
         "negative means that Run 5 has the smaller error",
@@ -238,7 +261,7 @@ def test_epochs_may_differ_when_a_run_goes_on_and_fresh_starts_anew(small_npz, s
     assert run5.run(replace(settings, epochs=1)) == 0
     report = (tmp_path / "detailed_comparison.txt").read_text()
     assert "2 epochs, ended by --epochs 1, best epoch" in report
-    assert "--features raw, scaled on the training set" in report and "306 distinct codes, 0 extra codes" in report
+    assert "--features raw, scaled on the training set" in report and "306 rows, 0 of them extra codes" in report
     assert sorted(path.name for path in tmp_path.iterdir()) == RESULTS
     network = run5.load_trained(tmp_path / "best_model_run5.h5").get_layer("log2_height")
     P = small.P[run5.split_dataset(small)[0]]
@@ -339,7 +362,7 @@ def test_an_output_path_that_is_a_file_is_refused(tmp_path, small_npz, capsys):
         (PermissionError(13, "Permission denied", "out"), 2, "out: Permission denied"),
         (OSError("no space"), 2, "no space"),
         (MemoryError("Unable to allocate 9 TiB"), 2, "too little memory (Unable to allocate 9 TiB)"),
-        (KeyboardInterrupt(), 130, "interrupted; training goes on after the last whole epoch with the same command"),
+        (KeyboardInterrupt(), 130, "interrupted; an unfinished training run is resumed by the same command"),
     ],
 )
 def test_what_ends_a_script_is_told_in_one_line(capsys, error, status, line):
@@ -380,7 +403,7 @@ for kill in range(20):
     child, lines = start({broken!r})
     wanted = random.randrange(0, 6)
     for line in lines:
-        if "going on" in line:
+        if "resuming" in line:
             sys.stderr.write(line)
         wanted -= "Epoch" in line
         if wanted < 0:
