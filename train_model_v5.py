@@ -25,8 +25,6 @@ from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Else TensorFlow logs a missing GPU as an error.
-# Without AVX-512 TensorFlow leaves oneDNN off by default, though it halves the time of a step there too.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import keras
 import numpy as np
@@ -70,9 +68,7 @@ def setting(default, meaning: str, **option):
 class Settings:
     """Everything a run depends on. The defaults are the experiment."""
 
-    data: tuple[Path, ...] = setting(
-        (HERE / "data" / "augmented.npz",), "npz, or the course's two pickles, or their folder", type=Path, nargs="+"
-    )
+    data: tuple[Path, ...] = setting((HERE / "data/augmented.npz",), "npz, or course pickles", type=Path, nargs="+")
     output: Path = setting(HERE / "run_5", "folder for the results", type=Path)
     features: str = setting("basis", "norms of the code's bases, or raw P", choices=("basis", "raw"))
     extra_codes: int = setting(4, "random codes for each training row; an epoch stays as long", type=int)
@@ -240,7 +236,11 @@ def feature_model(features: str) -> keras.Model:
 def predict_all(model: keras.Model, codes: Dataset | Codes, verbose: int = 0) -> np.ndarray:
     """What feature_model or height_model give for these codes, float32 (rows, outputs)."""
     inputs = [np.full((len(codes.k), 1), N), codes.k[:, None], codes.m[:, None], codes.P]
-    return model.predict(inputs, batch_size=PREDICTION_BATCH, verbose=verbose)
+    outputs, bar = [], keras.utils.Progbar(len(codes.k), verbose=verbose)
+    for start in range(0, len(codes.k), PREDICTION_BATCH):  # Model.predict can take seconds to end.
+        outputs.append(model.predict_on_batch([x[start : start + PREDICTION_BATCH] for x in inputs]))
+        bar.add(len(outputs[-1]))
+    return np.concatenate(outputs)
 
 
 # --- network --------------------------------------------------------------------------------------------------------

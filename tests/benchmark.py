@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if sys.argv[-1] == "plain":
-    import tensorflow  # noqa: F401  (with its own settings, not those that the script makes when it is imported)
 
 import train_model_v5 as run5  # isort: skip
 
@@ -109,8 +107,7 @@ def labeller(repeats: int, precision: str) -> list[str]:
     lines = []
     shipped = run5.load_dataset(*run5.Settings().data)
     for i, (k, m) in enumerate(GROUPS):
-        # Of finite height all: at an infinite one the linear programs end early.
-        P = unflatten(shipped.P[shipped.group == i], k)
+        P = unflatten(shipped.P[shipped.group == i], k)  # Finite heights: at an infinite one HiGHS ends early.
         programs = iter(P)
         ways = (lambda P=P, m=m: len(m_heights(P, [m])), lambda m=m, P=programs: int(height_by_lp(next(P), m) > 0))
         with threadpool_limits(1):
@@ -143,7 +140,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.serve:
         return serve(asked.serve, asked.precision)
-    print(f"{prepare.environment()['machine']}; {asked.precision}; {asked.repeats} readings each\n")
+    print(f"{prepare.environment()['machine']}; {asked.precision}; {asked.repeats} readings each")
     print(f"{'':<42}{'unit':<9}{'measured':>12}{'reference':>12}{'ratio':>12}  {'least to largest':<24}goal")
     for name in asked.only:
         print(*PARTS[name](asked.repeats, asked.precision), sep="\n", flush=True)

@@ -265,9 +265,7 @@ def test_epochs_may_differ_when_a_run_goes_on_and_fresh_starts_anew(small_npz, s
     assert sorted(path.name for path in tmp_path.iterdir()) == RESULTS
     network = run5.load_trained(tmp_path / "best_model_run5.h5").get_layer("log2_height")
     P = small.P[run5.split_dataset(small)[0]]
-    np.testing.assert_allclose(
-        np.ravel(network.get_layer("features_scaled").mean), P.mean(axis=0), rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(np.ravel(network.get_layer("scale").mean), P.mean(axis=0), rtol=1e-4, atol=1e-4)
 
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "checkpoint.npz").write_text("torn")
