@@ -25,6 +25,7 @@ from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Else TensorFlow logs a missing GPU as an error.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # Off by default without AVX-512, where it is a third faster.
 
 import keras
 import numpy as np
@@ -630,8 +631,7 @@ def plot_comparison(published: pd.DataFrame, measured: pd.DataFrame, path: Path)
     figure = Figure(figsize=(11, 7), layout="constrained")
     panel = figure.subplots()
     for shift, marker, (run, errors) in zip(np.linspace(-0.3, 0.3, len(runs)), "osD^v<*", runs.items(), strict=False):
-        fill = "none" if run.endswith("published") else None
-        panel.plot(np.arange(len(GROUPS)) + shift, errors, marker, label=run, markerfacecolor=fill)
+        panel.plot(np.arange(9) + shift, errors, marker, label=run, mfc="none" if "published" in run else None)
     panel.set_xticks(range(len(GROUPS)), [f"k={k}, m={m}" for k, m in GROUPS])
     panel.set(ylabel="MSE of log2 height", yscale="log", title="Run 5 beside Run 2 and Run 4, by (k, m) group")
     panel.yaxis.set_major_formatter("{x:g}")

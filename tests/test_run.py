@@ -378,7 +378,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import train_model_v5 as run5
 
-settings = dict(data=(Path({data!r}),), epochs=120, width=1 / 32)
+settings = dict(data=(Path({data!r}),), epochs=120, width=1 / 32, precision="bfloat16")
 
 
 def start(folder):
