@@ -230,7 +230,7 @@ def feature_model(features: str) -> keras.Model:
     """From n, k, m, (batch, 1), and P_matrix, (batch, 20), the rows of P one after the other, to float32 features."""
     n, k, m = (layers.Input((1,), name=name, dtype="int32") for name in ("n", "k", "m"))
     P = layers.Input((P_WIDTH,), name="P_matrix", dtype="float64")
-    output = BasisFeatures()(k, m, P) if features == "basis" else layers.Identity(dtype="float32")(P)
+    output = BasisFeatures()(k, m, P) if features == "basis" else layers.Rescaling(1.0, dtype="float32")(P)
     return keras.Model([n, k, m, P], output)
 
 
