@@ -109,7 +109,7 @@ def split_dataset(dataset: Dataset, val_fraction: float = 0.15, seed: int = 42) 
     it is stratified by. Raises InputError when a (k, m) group would have no row in one of the two sets.
     """
     _, first, code = np.unique(dataset.key, return_index=True, return_inverse=True)
-    codes, strata = np.arange(len(first)), dataset.group[first]
+    codes, strata = np.arange(len(first)), -dataset.group[first]  # Their order is that of data/baselines.csv.
     try:
         _, held_out = train_test_split(codes, test_size=val_fraction, random_state=seed, stratify=strata)
     except ValueError as error:

@@ -129,6 +129,7 @@ def test_default_split_holds_out_1800_rows_of_each_group(shipped):
     train, val = run5.split_dataset(shipped)
     check_split(shipped, train, val)
     assert np.bincount(shipped.group[val]).tolist() == [1800] * 9
+    assert val.sum() == 875686364  # The split that the measured rows of data/baselines.csv belong to.
     again = run5.split_dataset(shipped, val_fraction=0.15, seed=42)
     assert (again[0] == train).all() and (again[1] == val).all()
     assert (run5.split_dataset(shipped, seed=43)[1] != val).any()
