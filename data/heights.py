@@ -186,16 +186,6 @@ def cramer_table(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache
-def coordinate_tables(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each coordinate a a row: where the pairs (B, a) stand in cramer_table, shape (n, C(n - 1, k)), and where the
-    sets B that contain a stand among all, shape (n, C(n - 1, k - 1))."""
-    bases = list(combinations(range(n), k))
-    outside = np.array([a for basis in bases for a in range(n) if a not in basis])
-    within = [[i for i, basis in enumerate(bases) if a in basis] for a in range(n)]
-    return np.array([np.flatnonzero(outside == a) for a in range(n)]), np.array(within)
-
-
-@lru_cache
 def _min_table(n: int, k: int, size: int) -> np.ndarray:
     """For each pair (S, a) with |S| = size > k: the rows of k + 1 pairs (S - i, a), shape (k + 1, pairs).
 
@@ -262,7 +252,7 @@ class Codes(NamedTuple):
     P: np.ndarray
 
 
-ROW_COLUMNS = ("k", "m", "P", "height", "key")
+ROW_COLUMNS = ("k", "m", "P", "height", "key", "low")
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +260,8 @@ class Dataset:
     """Labelled codes, row by row.
 
     k, m: int64 (rows,); P: numbers (rows, P_WIDTH) as `flatten` lays it out; height: float64 (rows,); key: (rows,), of
-    code_keys, equal for equivalent codes; features: what a network is fed for P, float32 (rows, width), or None.
+    code_keys, equal for equivalent codes; low: bool (rows,), made to have a small height, False where that is not
+    known; features: what a network is fed for P, float32 (rows, width), or None.
     """
 
     k: np.ndarray
@@ -278,6 +269,7 @@ class Dataset:
     P: np.ndarray
     height: np.ndarray
     key: np.ndarray
+    low: np.ndarray
     features: np.ndarray | None = None
     source: str = ""
     sha256: str = ""

@@ -1,4 +1,4 @@
-"""The dataset data/augmented.npz, random codes with exact m-heights; also labels the codes of a file.
+"""The dataset data/augmented.npz, codes with exact m-heights; also labels the codes of a file.
 
     python data/prepare.py                                    makes the dataset
     python data/prepare.py --label INPUTS --output HEIGHTS    labels the codes of a file
@@ -30,14 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.files import InputError, one_line, read_codes, read_heights, write_heights
 from data.heights import GROUPS, Codes, Dataset, N, code_keys, flatten, m_heights, minors, unflatten
+from data.matrices import low_matrices, random_matrices
 
 ROWS_PER_GROUP = 12_000
 SEED = 5
 
-# Entries are uniform on [-R, R]. The share of each R is that of the course's DS-1 data.
-UNIFORM_RANGES = {4: 0.11, 8: 0.21, 16: 0.11, 32: 0.04, 50: 0.17, 64: 0.09, 80: 0.05, 100: 0.22}
-MAX_ENTRY = max(UNIFORM_RANGES)
-STRUCTURED_SHARE = 0.04
+# The share of each group that low_matrices makes; random_matrices makes the rest.
+LOW_SHARE = 0.1
 
 BASELINES = Path(__file__).with_name("baselines.csv")
 
@@ -117,7 +116,9 @@ def load_dataset(path: Path | str, heights: Path | str | None = None) -> Dataset
     for k in np.unique(codes.k):
         key[codes.k == k] = code_keys(unflatten(codes.P[codes.k == k], k))
     sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return Dataset(*codes, height, key, source=" + ".join(file.name for file in files), sha256=sha256)
+    return Dataset(
+        *codes, height, key, np.zeros(len(height), bool), source=" + ".join(file.name for file in files), sha256=sha256
+    )
 
 
 def heights_of(codes: Codes, path: Path) -> np.ndarray:
@@ -150,7 +151,7 @@ def read_baselines(sha256: str, seed: int, path: Path = BASELINES) -> tuple[pd.D
         both = rows[rows["source"] == "published"], rows[(rows["dataset"] == sha256) & (rows["seed"] == seed)]
         published, measured = (part.pivot(index=["k", "m"], columns="run", values="log2_mse") for part in both)
         published = published.loc[list(GROUPS), ["Run 2", "Run 4"]].astype(float)
-        return published, measured, both[1].drop_duplicates("run").set_index("run")
+        return published, measured.reindex(published.index), both[1].drop_duplicates("run").set_index("run")
     except (OSError, ValueError, KeyError) as error:
         expected = "expected published Run 2 and Run 4 figures of the nine groups"
         raise InputError(f"{path}: {expected} ({one_line(error)})") from None
@@ -170,30 +171,6 @@ def check_labels(dataset: Dataset, rows_per_group: int = 100) -> None:
                 f"{dataset.source}: row {rows[j]}: found height {dataset.height[rows[j]]:.10g}, expected "
                 f"{exact[j]:.8g} ({wrong.sum()} of {len(rows)} rows checked there differ); --trust-labels goes on"
             )
-
-
-# --- random codes ---------------------------------------------------------------------------------------------------
-
-
-def random_matrices(rng: np.random.Generator, count: int, k: int, r: int) -> np.ndarray:
-    """Random integer matrices P, shape (count, k, r), entries in [-MAX_ENTRY, MAX_ENTRY].
-
-    Nearly all have entries uniform on [-R, R], R from UNIFORM_RANGES. A share STRUCTURED_SHARE is structured, a third
-    each: entries in {-1, 0, 1}; one column equal to another but for a step of -1, 0 or 1 in each row; rank one
-    less than full.
-    """
-    ranges = rng.choice(list(UNIFORM_RANGES), size=(count, 1, 1), p=list(UNIFORM_RANGES.values()))
-    P = rng.integers(-ranges, ranges + 1, size=(count, k, r))
-
-    family = rng.choice(4, size=count, p=[1 - STRUCTURED_SHARE, *[STRUCTURED_SHARE / 3] * 3])
-    ternary, near, low = (np.flatnonzero(family == i) for i in (1, 2, 3))
-    P[ternary] = rng.integers(-1, 2, size=(len(ternary), k, r))
-    step = rng.integers(-1, 2, size=(len(near), k))
-    P[near, :, 1] = np.clip(P[near, :, 0] + step, -MAX_ENTRY, MAX_ENTRY)
-    rank = min(k, r) - 1
-    left, right = rng.integers(-3, 4, size=(len(low), k, rank)), rng.integers(-8, 9, size=(len(low), rank, r))
-    P[low] = left @ right
-    return P
 
 
 # --- labels of a file -----------------------------------------------------------------------------------------------
@@ -231,32 +208,39 @@ def label(codes: Codes, progress=None, workers: int | None = None) -> np.ndarray
 # --- dataset --------------------------------------------------------------------------------------------------------
 
 
-def make_dataset(rows_per_group: int = ROWS_PER_GROUP, seed: int | Sequence[int] = SEED, progress=None) -> Dataset:
-    """Random codes with exact heights, `rows_per_group` for each (k, m) group, no code twice in the whole dataset.
+def make_dataset(
+    rows_per_group: int = ROWS_PER_GROUP, seed: int | Sequence[int] = SEED, known: Sequence[bytes] = (), progress=None
+) -> Dataset:
+    """Codes with exact heights, `rows_per_group` for each (k, m) group, no code twice in the whole dataset.
 
-    P is int64. Codes of infinite height and duplicates are left out and others drawn in their place. progress(group,
-    rows so far, matrices tried) is called now and then.
+    P is int64. In each group a share LOW_SHARE, its last rows, are low codes. Codes of infinite height, duplicates and
+    codes whose key is among `known` are left out and others drawn in their place. progress(group, rows so far,
+    matrices tried) is called now and then.
     """
     rng = np.random.default_rng(seed)
     parts: list[dict[str, np.ndarray]] = []
-    known: set[bytes] = set()
+    known = set(known)
     for k, m in GROUPS:
         rows, tried = 0, 0
-        while rows < rows_per_group:
-            P = random_matrices(rng, min(max(2 * (rows_per_group - rows), 1_000), 20_000), k, N - k)
-            tried += len(P)
-            height = m_heights(P, [m])[:, 0]
-            P, height = P[np.isfinite(height)], height[np.isfinite(height)]
-            keys, new = code_keys(P), []
-            for i, key in enumerate(keys.tolist()):
-                if key not in known and rows < rows_per_group:
-                    known.add(key)
-                    new.append(i)
-                    rows += 1
-            group = {"k": np.full(len(new), k), "m": np.full(len(new), m), "P": flatten(P[new])}
-            parts.append(group | {"height": height[new], "key": keys[new]})
-            if progress:
-                progress((k, m), rows, tried)
+        for low, wanted in ((False, rows_per_group - round(LOW_SHARE * rows_per_group)), (True, rows_per_group)):
+            while rows < wanted:
+                if low:
+                    P = low_matrices(rng, max((wanted - rows) * 5 // 4, 100), k, m)
+                else:
+                    P = random_matrices(rng, min(max(2 * (wanted - rows), 1_000), 20_000), k, N - k)
+                tried += len(P)
+                height = m_heights(P, [m])[:, 0]
+                P, height = P[np.isfinite(height)], height[np.isfinite(height)]
+                keys, new = code_keys(P), []
+                for i, key in enumerate(keys.tolist()):
+                    if key not in known and rows < wanted:
+                        known.add(key)
+                        new.append(i)
+                        rows += 1
+                group = {"k": np.full(len(new), k), "m": np.full(len(new), m), "P": flatten(P[new])}
+                parts.append(group | {"height": height[new], "key": keys[new], "low": np.full(len(new), low)})
+                if progress:
+                    progress((k, m), rows, tried)
     return Dataset(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
@@ -267,7 +251,8 @@ def describe(dataset: Dataset) -> pd.DataFrame:
         group = dataset.take((dataset.k == k) & (dataset.m == m))
         log2, P = group.log2_height, unflatten(group.P, k)
         about = {"rows": len(group), "mean": log2.mean(), "variance": log2.var(), "least": log2.min()}
-        about |= {"largest": log2.max(), "entries within 8": (np.abs(P) <= 8).all(axis=(1, 2)).mean()}
+        about |= {"median": np.median(log2), "median of low codes": np.median(log2[group.low]), "largest": log2.max()}
+        about["entries within 8"] = (np.abs(P) <= 8).all(axis=(1, 2)).mean()
         table[k, m] = about | {"with a zero minor": (minors(P) == 0).any(axis=1).mean()}
     return pd.DataFrame(table).T.rename_axis(["k", "m"]).astype({"rows": int}).round(2)
 
@@ -301,7 +286,7 @@ def make_file(rows_per_group: int, seed: int, output: Path) -> None:
             flush=True,
         )
 
-    dataset = make_dataset(rows_per_group, seed, progress)
+    dataset = make_dataset(rows_per_group, seed, progress=progress)
     write_heights(output, Codes(dataset.k, dataset.m, dataset.P), dataset.height)
     print(f"\n{describe(dataset).to_string()}\n\n{output}: {len(dataset):,} rows, {output.stat().st_size / 1e6:.1f} MB")
 

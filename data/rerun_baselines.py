@@ -158,7 +158,7 @@ RUN4 = Recipe("Run 4", build_run4, no_weights, 7e-4, cosine, 25, (0.5, 10, 1e-7)
 RECIPES = {
     "run2": RUN2,
     "run4": RUN4,
-    "run4-curriculum": replace(RUN4, name="Run 4, curriculum in force", weights=curriculum),
+    "run4-curriculum": replace(RUN4, name=run5.CURRICULUM, weights=curriculum),
     "run2-shared": replace(RUN2, name="Run 2, codes shared", shared=True),
 }
 RUNS = ["run2", "run4", "run4-curriculum", "run5-raw", "run2-shared"]
@@ -218,8 +218,9 @@ def train_recipe(recipe: Recipe, dataset: run5.Dataset, settings: run5.Settings,
     run5.fit(network, WeightedBatches(train_set, settings, recipe), val_set, callbacks, checkpoint)
     if checkpoint.diverged:
         raise InputError(f"{work}: the loss of {recipe.name} became NaN or infinite")
-    predicted = run5.predict_all(run5.load_trained(work / "best_model.h5"), val_set)[:, 0].astype(float)
-    table = run5.group_errors(val_set, val_set.height, predicted).reset_index()
+    heights = run5.predict_all(run5.load_trained(work / "best_model.h5"), val_set)[:, 0].astype(float)
+    predicted = pd.DataFrame({"log2_mse": np.log2(heights)})
+    table = run5.group_errors(val_set, val_set.log2_height, predicted).reset_index()
     best_epoch = 1 + int(np.argmin([row["val_loss"] for row in checkpoint.history]))
     complete = checkpoint.early_stop or settings.epochs == recipe.epochs
     table = table.assign(run=recipe.name, epochs=len(checkpoint.history), best_epoch=best_epoch)
@@ -234,9 +235,9 @@ def train_run5_raw(settings: run5.Settings, work: Path) -> pd.DataFrame:
     if status := run5.run(settings, trust_labels=True):
         raise InputError(f"{work}: Run 5 on raw P ended with status {status}")
     results = json.loads((work / "metrics.json").read_text(encoding="utf-8"))
-    table = pd.DataFrame(results["groups"]).rename(columns={"run5": "log2_mse"})
+    table = pd.DataFrame(results["errors"]["validation"]).rename(columns={"run5": "log2_mse"})
     complete = results["ended"] == "early stopping" or settings.epochs == whole
-    table = table.assign(run="Run 5, raw P", epochs=results["epochs_run"], best_epoch=results["best_epoch"])
+    table = table.assign(run=run5.RAW, epochs=results["epochs_run"], best_epoch=results["best_epoch"])
     table = table.assign(ended="complete" if complete else results["ended"])
     return table.assign(parameters=results["parameters"], seconds=round(results["times"]["training_seconds"]))
 
