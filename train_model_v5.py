@@ -487,7 +487,7 @@ def verdict_text(errors: dict[str, pd.DataFrame], targets: pd.DataFrame, measure
         f"The same network fed the entries of P, as the design has it, {raw}.",
         f"Targets met: {(targets['met'] == 'met').sum()} of {len(targets)}.{missed}",
     ]
-    return "\n".join(textwrap.fill(f"- {sentence}", 100, subsequent_indent="  ") for sentence in sentences)
+    return "\n- ".join(sentences)
 
 
 def comparison_text(errors: pd.DataFrame, rows: pd.Series) -> str:
@@ -514,7 +514,7 @@ def same_split_text(errors: dict[str, pd.DataFrame], measured: pd.DataFrame) -> 
 REPORT = """\
 Run 5: the m-height of linear codes of length 9, predicted in log2 from n, k, m and P
 
-{verdict}
+- {verdict}
 
 Run 2 and Run 4 are as published: on another dataset, and with a split by rows that left most
 validation codes in training too. On new codes their errors are larger.
@@ -535,7 +535,7 @@ largest bound     each basis of a code gives a lower bound of the m-height; this
 ridge regression  of log2 height on the features of Run 5, one for each group, on the training set
 low codes         the tenth of the test set that is made to have a small m-height
 
-Earlier runs, Run 5 on raw P, what weighting and leak did (data/rerun_baselines.py): {runs}
+Earlier runs, weighting and leak (data/rerun_baselines.py): {runs}
 
 Departures from the design
 - Features: two numbers for each basis of the code, 252 in all, in place of the 20 entries of P. The
@@ -563,17 +563,17 @@ def write_report(results: dict, folder: Path, baselines: Path = prepare.BASELINE
     targets, validation = check_targets(errors), errors["validation"]
     about = runs[["parameters", "epochs", "ended"]].astype({"parameters": int, "epochs": int}).rename_axis(None)
     about = f"trained without extra codes:\n{about.to_string()}" if len(about) else "not trained on this dataset."
-    rows = pd.DataFrame(results["sets"]).drop(columns=["k", "m"]).sum()
     text = {
         "verdict": verdict_text(errors, targets, measured),
         "published": comparison_text(published.assign(**{"Run 5": validation["run5"]}), validation["n"]),
         "targets": targets.to_string(na_rep="", float_format="{:.4f}".format),
         "same_split": same_split_text(errors, measured),
         "runs": about,
-        "sets": ", ".join(f"{name} {count:,} rows" for name, count in rows.items()),
+        "sets": ", ".join(f"{name} {n:,} rows" for name, n in pd.DataFrame(results["sets"]).sum()[2:].items()),
         "packages": ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
     }
-    report = REPORT.format(**results | text, seconds=results["times"]["training_seconds"])
+    lines = REPORT.format(**results | text, seconds=results["times"]["training_seconds"]).splitlines()
+    report = "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in lines) + "\n"
     plot_comparison(published, errors["test"], measured, folder / "comparison.png")
     (folder / "detailed_comparison.txt").write_text(report, encoding="utf-8")
     return report
@@ -647,10 +647,8 @@ def plot_comparison(published: pd.DataFrame, test: pd.DataFrame, measured: pd.Da
         panel.axvline(3 * i - 0.5, color="lightgray")
         panel.text(3 * i + 1, 6, tier, horizontalalignment="center")
     panel.set_xticks(x, [f"k={k}, m={m}" for k, m in groups])
-    panel.set(
-        ylabel=f"MSE of log2 height ({least:g}: this or less)", yscale="log", ylim=(least / 2, 10), xlim=(-0.5, 8.5)
-    )
-    panel.set_title("Run 5, earlier runs, and what the features of Run 5 give without a network")
+    panel.set(title="Run 5, earlier runs, and what its features give without a network", yscale="log", xlim=(-0.5, 8.5))
+    panel.set(ylabel=f"MSE of log2 height ({least:g}: this or less)", ylim=(least / 2, 10))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.grid(axis="y", alpha=0.3)
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4)

@@ -94,11 +94,12 @@ def test_runs_write_their_rows_and_the_report_shows_them(eager, small_npz, small
 
     _, table, runs = prepare.read_baselines(small.sha256, 42, csv)
     assert sorted(table.columns) == sorted(names)
-    text = run5.same_split_text(table.assign(**{"Run 5": 0.5}), runs, pd.Series(6, index=table.index))
-    first = measured.query("run == 'Run 2' and k == 4 and m == 2")["log2_mse"].item()
-    assert f"k=4,m=2  {first:<11.6f}" in text and "vs R5 raw" in text
-    mean = measured.query("run == 'Run 4'")["log2_mse"].mean()
-    assert re.search(rf"^Run 4 .* --epochs 1 .* {mean:.4f}\d*$", text, re.M)
+    errors = dict.fromkeys(("validation", "test", "low codes"), pd.DataFrame({"run5": 0.5, "n": 6}, table.index))
+    text = run5.same_split_text(errors, table)
+    for run in ("Run 2", "Run 4", "Run 5, raw P"):
+        figures = measured.query("run == @run")["log2_mse"]
+        assert re.search(rf"^{run} +{figures.iloc[0]:.3f} .* {figures.mean():.3f}$", text, re.M)
+    assert "shared" not in text and set(runs["ended"]) == {"--epochs 1"}
     for sha256, seed in ((small.sha256, 43), ("another", 42)):
         assert prepare.read_baselines(sha256, seed, csv)[1].empty
 

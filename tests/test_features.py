@@ -1,22 +1,19 @@
-"""The features: the layer of basis norms against NumPy's linear algebra, and the training set they are computed for."""
+"""The features: the layer against NumPy's linear algebra; the three sets; what the features tell without a network."""
 
 from dataclasses import replace
 from itertools import combinations
 
 import keras
 import numpy as np
-import pandas as pd
 import pytest
-from sklearn.linear_model import Ridge
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 import train_model_v5 as run5
 from data import prepare
-from data.heights import GROUPS, cramer_table, flatten, m_heights, minors
+from data.heights import GROUPS, flatten, m_heights, minors
+from data.matrices import random_matrices
 
 KS = (4, 5, 6)
-SINGULAR = run5.BasisFeatures.LOG2_RANGE[1]
+LIMIT = 6
 
 
 def features(*matrices, m=None):
@@ -27,103 +24,78 @@ def features(*matrices, m=None):
     return np.asarray(run5.BasisFeatures()(k[:, None], m[:, None], flat))
 
 
-def blocks(row):
-    """One row of the output in its four blocks: rho, s, quantiles of M without each coordinate, of rho with it."""
-    rho, s, without, within = np.split(row, [126, 252, 252 + 216])
-    return rho, s, without.reshape(9, 24), within.reshape(9, 16)
-
-
 def by_linear_algebra(P, m):
-    """The same four for a code without singular basis, from the definition: G_B^-1 g_a by numpy.linalg.solve."""
+    """The same for one code from the definition: G_B^-1 g_a by numpy.linalg.solve."""
     k = len(P)
-    d = 9 - k - m + 1
     G = np.hstack([np.eye(k), P])
-    without, within, pairs = [[] for _ in range(9)], [[] for _ in range(9)], []
-    for basis in combinations(range(9), k):
-        others = [a for a in range(9) if a not in basis]
-        logs = np.log2(np.abs(np.linalg.solve(G[:, basis], G[:, others])).sum(axis=0))
-        for a, log in zip(others, logs, strict=True):
-            without[a].append(log)
-        for a in basis:
-            within[a].append(logs.max())
-        pairs.append((logs.max(), max(0, np.sort(logs)[d - 2]) if d > 1 else 0))
-    picked = []
-    for values, count in ((without, 24), (within, 16)):
-        rows = np.sort(np.array(values), axis=1)
-        rows = rows[:, np.rint(np.linspace(0, rows.shape[1] - 1, count)).astype(int)]
-        picked.append(rows[np.argsort(rows.mean(axis=1))])
-    ordered = sorted(pairs, key=lambda pair: pair[1] / 2**14 - pair[0])
-    rho, s = (np.pad(column, (0, 126 - len(column))) for column in np.transpose(ordered))
-    return rho, s, *picked
+    pairs, singular = [], minors(P[None])[0] == 0
+    for basis, skipped in zip(combinations(range(9), k), singular, strict=True):
+        if not skipped:
+            others = [a for a in range(9) if a not in basis]
+            norms = np.abs(np.linalg.solve(G[:, basis], G[:, others])).sum(axis=0)
+            rising = np.sort(np.log2(np.maximum(norms, 1)))
+            s = rising[9 - k - m - 1] if m < 9 - k else 0
+            pairs.append((rising[-1] - s, rising[-1]))
+    bounds, rho = np.transpose(sorted(pairs, key=lambda pair: -pair[0] - pair[1] / 2**14))
+    expected = np.full((2, 126), float(LIMIT))
+    expected[0, : len(rho)] = np.minimum(bounds[0] - bounds, LIMIT)
+    expected[1, : len(rho)] = np.clip(rho - bounds[0], -LIMIT, LIMIT)
+    expected[0, 0] = bounds[0]
+    return expected.ravel()
 
 
 @pytest.mark.parametrize(("k", "m"), GROUPS)
 def test_features_are_those_of_linear_algebra(k, m):
-    rng = np.random.default_rng(k)
-    P = np.concatenate([rng.integers(-most, most + 1, size=(8, k, 9 - k)) for most in (4, 20, 100)])
-    P = P[(minors(P) > 0).all(axis=1)]
-    checked = 0
-    for matrix, row in zip(P, features(*P, m=m), strict=True):
-        by_definition = by_linear_algebra(matrix, m)
-        gaps = -np.diff(np.trim_zeros(by_definition[0] - by_definition[1] / 2**14, "b"))
-        if not ((gaps > 1e-9) & (gaps < 1e-5)).any():  # The order of what is nearly equal is up to rounding.
-            for got, expected in zip(blocks(row), by_definition, strict=True):
-                np.testing.assert_allclose(got, expected, atol=2e-5)
-            checked += 1
-    assert checked > 5
+    rng = np.random.default_rng(10 * k + m)
+    P = np.concatenate([rng.integers(-most, most + 1, size=(5, k, 9 - k)) for most in (1, 4, 20, 100)])
+    assert (minors(P) == 0).any()
+    for matrix, found in zip(P, features(*P, m=m), strict=True):
+        expected = by_linear_algebra(matrix, m)
+        # The order of bases whose bounds are nearly equal is up to rounding, so that their rho can change places.
+        np.testing.assert_allclose(found[:126], expected[:126], atol=1e-3)
+        np.testing.assert_allclose(np.sort(found[126:]), np.sort(expected[126:]), atol=1e-4)
+        assert (np.abs(found - expected) > 1e-3).mean() < 0.05
 
 
-@pytest.mark.parametrize("k", KS)
-def test_every_singular_basis_is_told_from_a_small_minor(k):
-    rng = np.random.default_rng(k)
-    P = np.concatenate([prepare.random_matrices(rng, 300, k, 9 - k), rng.integers(-100, 101, size=(300, k, 9 - k))])
-    P[300:, :, 1] = P[300:, :, 0] + rng.integers(-1, 2, size=(300, k))
-    D = minors(P).T
-    base, swap = cramer_table(9, k)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rho = np.log2((D[swap].sum(axis=0) / D[base]).reshape(len(D), 9 - k, -1).max(axis=1))
-    assert len(set((D == 0).sum(axis=0))) > 5
-    found = features(*P, m=2)
-    # By falling rho, regular bases first.
-    expected = -np.sort(np.where(D > 0, -rho, np.inf), axis=0).T
-    expected[np.isinf(expected)] = 0
-    np.testing.assert_allclose(found[:, : len(D)], expected, atol=2e-3)
-    np.testing.assert_allclose(np.sort(found[:, : len(D)]), np.sort(expected), atol=3e-5)
-    np.testing.assert_array_equal(found[:, 252:].max(axis=1) == SINGULAR, (D == 0).any(axis=0))
-
-
-@pytest.mark.parametrize("k", KS)
-def test_the_largest_norm_is_the_height_where_m_is_n_minus_k(k):
-    P = prepare.random_matrices(np.random.default_rng(k), 200, k, 9 - k)
-    heights = m_heights(P, [9 - k])[:, 0]
-    finite = np.isfinite(heights)
-    assert finite.sum() > 30
-    found = features(*P)
-    np.testing.assert_allclose(found[finite, 0], np.log2(heights[finite]), atol=1e-5)
-    assert (found[:, 126:252] == 0).all()
+def test_a_singular_basis_is_told_from_one_with_a_small_minor():
+    P = np.array([[100, 99, 3, 4, 5], [100, 99, 2, 7, 1], [1, 2, 9, -4, 4], [-3, 8, 2, 2, 6]])
+    near = P.copy()
+    near[0, 0] -= 1  # Now a minor of order 2 is 99 - 198 and none is 0 any more.
+    for matrix in (P, near):
+        found = features(matrix, m=3)[0]
+        last = found[:126][::-1] == LIMIT, found[126:][::-1] == LIMIT
+        singular = int((minors(matrix[None]) == 0).sum())
+        assert (last[0] & last[1])[:singular].all() and not (last[0] & last[1])[singular : singular + 20].all()
+    assert (minors(P[None]) == 0).sum() > (minors(near[None]) == 0).sum()
 
 
 @pytest.mark.parametrize(("k", "m"), GROUPS)
-def test_the_height_is_at_least_rho_by_s_of_each_basis(k, m):
-    P = prepare.random_matrices(np.random.default_rng(m), 100, k, 9 - k)
-    found = features(*P, m=m)
-    assert ((found[:, :126] - found[:, 126:252]).max(axis=1) <= np.log2(m_heights(P, [m])[:, 0]) + 1e-4).all()
+def test_no_height_is_below_the_largest_bound_and_where_m_is_n_minus_k_they_are_equal(k, m):
+    P = random_matrices(np.random.default_rng(m), 300, k, 9 - k)
+    height = m_heights(P, [m])[:, 0]
+    finite = np.isfinite(height)
+    assert finite.sum() > 30
+    bound, height = features(*P[finite], m=m)[:, 0], np.log2(height[finite])
+    assert (bound <= height + 1e-5).all()
+    if m == 9 - k:
+        np.testing.assert_allclose(bound, height, atol=1e-5)
+    else:
+        assert (bound < height - 0.01).any()
 
 
 @pytest.mark.parametrize("k", KS)
 def test_permutations_and_signs_change_nothing(k):
     rng = np.random.default_rng(k)
-    P = prepare.random_matrices(rng, 60, k, 9 - k)
+    P = random_matrices(rng, 60, k, 9 - k)
     same = []
     for matrix in P:
         signs = rng.choice([-1, 1], size=k)[:, None] * rng.choice([-1, 1], size=9 - k)
         same.append((signs * matrix)[rng.permutation(k)][:, rng.permutation(9 - k)])
     for m in range(2, 10 - k):
         first, second = np.split(features(*P, *same, m=m), 2)
-        rho, s = (np.abs(first - second)[:, part] for part in (slice(126), slice(126, 252)))
-        assert np.abs(first - second)[:, 252:].max() < 1e-6 and rho.max() < 1e-6
-        # Bases of the same rho and nearly the same s may change places.
-        assert s.max() < 0.03 and (s > 1e-5).mean() < 1e-3
+        np.testing.assert_allclose(first[:, :126], second[:, :126], atol=2e-3)
+        # Bases whose bounds differ in rounding alone may change places.
+        assert (np.abs(first - second)[:, 126:] > 1e-3).mean() < 1e-3
 
 
 @pytest.mark.parametrize("k", KS)
@@ -138,17 +110,17 @@ def test_another_systematic_form_of_the_code_has_the_same_features(k):
         others.append(np.linalg.solve(G[:, basis], G[:, [a for a in range(9) if a not in basis]]))
     for m in range(2, 10 - k):
         first, second = np.split(features(*P, *others, m=m), 2)
-        np.testing.assert_allclose(np.sort(first[:, :252]), np.sort(second[:, :252]), atol=1e-3)
-        np.testing.assert_allclose(first[:, 252:], second[:, 252:], atol=1e-3)
+        np.testing.assert_allclose(first[:, :126], second[:, :126], atol=1e-3)
+        np.testing.assert_allclose(np.sort(first[:, 126:]), np.sort(second[:, 126:]), atol=1e-3)
 
 
 def test_features_of_a_code_do_not_depend_on_the_rest_of_the_batch():
     rng = np.random.default_rng(0)
-    mixed = [prepare.random_matrices(rng, 1, KS[i % 3], 9 - KS[i % 3])[0] for i in range(12)]
+    mixed = [random_matrices(rng, 1, KS[i % 3], 9 - KS[i % 3])[0] for i in range(12)]
     together = features(*mixed, m=2)
     for P, row in zip(mixed, together, strict=True):
         np.testing.assert_allclose(features(P, m=2)[0], row, atol=1e-6)
-    assert (together[2::3, 84:126] == 0).all() and (together[2::3, 210:252] == 0).all()
+    assert (together[2::3, 84:126] == LIMIT).all() and (together[2::3, 210:] == LIMIT).all()
 
 
 def test_the_precision_of_the_network_does_not_reach_into_the_layer():
@@ -170,30 +142,46 @@ def test_features_are_in_the_order_of_the_rows_and_raw_ones_are_P(small):
     np.testing.assert_array_equal(run5.predict_all(run5.feature_model("raw"), small), small.P)
 
 
-def test_the_two_sets_carry_features_and_the_training_set_ends_with_extra_codes(small):
-    settings = run5.Settings(features="raw", extra_codes=4)
+def test_three_sets_carry_features_and_share_no_code(small):
+    settings = run5.Settings(features="raw", extra_codes=4, test_codes=50)
     train_rows, val_rows = run5.split_dataset(small)
-    train_set, val_set = run5.training_and_validation_sets(small, settings)
+    sets = run5.three_sets(small, settings)
+    assert list(sets) == ["training", "validation", "test"]
     for name in ("k", "m", "P", "height", "key"):
-        np.testing.assert_array_equal(getattr(val_set, name), getattr(small, name)[val_rows])
-        np.testing.assert_array_equal(getattr(train_set, name)[:306], getattr(small, name)[train_rows])
-    np.testing.assert_array_equal(train_set.features, train_set.P)
-    np.testing.assert_array_equal(val_set.features, val_set.P)
-    extra = train_set.take(np.arange(306, len(train_set)))
-    assert 0.99 * 4 * 306 < len(extra) <= 4 * 306
-    assert np.ptp(np.bincount(extra.group)) <= 0.02 * len(extra)
-    assert not np.isin(extra.key, small.key).any()
-    prepare.check_labels(train_set)
+        np.testing.assert_array_equal(getattr(sets["validation"], name), getattr(small, name)[val_rows])
+        np.testing.assert_array_equal(getattr(sets["training"], name)[:306], getattr(small, name)[train_rows])
+    for data in sets.values():
+        np.testing.assert_array_equal(data.features, data.P)
+        prepare.check_labels(data)
+    rows = run5.describe_sets(sets)
+    assert list(rows.index) == list(GROUPS)
+    assert {tuple(row) for row in rows.to_numpy()} == {(34 + 4 * 34, 6, 50)}
+    assert len(np.unique(np.concatenate([data.key for data in sets.values()]))) == 9 * (34 + 4 * 34 + 6 + 50)
+    assert np.bincount(sets["test"].group, sets["test"].low).tolist() == [5] * 9
 
-    again, _ = run5.training_and_validation_sets(small, settings)
-    np.testing.assert_array_equal(again.P, train_set.P)
-    other, _ = run5.training_and_validation_sets(small, replace(settings, seed=43))
-    assert (other.P[306:400] != train_set.P[306:400]).any()
-    without, _ = run5.training_and_validation_sets(small, replace(settings, extra_codes=0))
-    np.testing.assert_array_equal(without.P, train_set.P[:306])
+    again = run5.three_sets(small, settings)
+    np.testing.assert_array_equal(again["training"].P, sets["training"].P)
+    other = run5.three_sets(small, replace(settings, seed=43))
+    assert (other["training"].P[306:400] != sets["training"].P[306:400]).any()
+    np.testing.assert_array_equal(other["test"].P, sets["test"].P)  # Seeds are compared on the same test set.
+    without = run5.three_sets(small, replace(settings, extra_codes=0))
+    np.testing.assert_array_equal(without["training"].P, sets["training"].P[:306])
 
 
-def test_the_keys_of_extra_codes_are_those_of_their_matrices():
+def test_a_code_in_two_sets_would_be_found(small):
+    sets = {"training": small.take(np.arange(10)), "validation": small.take(np.arange(9, 20))}
+    with pytest.raises(RuntimeError, match="1 codes are in the training set and in the validation set"):
+        run5.describe_sets(sets)
+
+
+def test_codes_that_the_dataset_has_are_in_neither_the_test_set_nor_the_extra_codes():
+    settings = run5.Settings(features="raw", extra_codes=1, seed=5, test_codes=100)
+    for seed in (run5.TEST_SEED, [5, 1]):
+        dataset = prepare.make_dataset(100, seed)
+        run5.describe_sets(run5.three_sets(dataset, settings))  # It raises where sets share a code.
+
+
+def test_the_keys_of_made_codes_are_those_of_their_matrices():
     made = prepare.make_dataset(30, seed=7)
     for k in KS:
         rows = made.k == k
@@ -201,37 +189,21 @@ def test_the_keys_of_extra_codes_are_those_of_their_matrices():
         np.testing.assert_array_equal(made.key[rows], prepare.code_keys(P))
 
 
-def test_extra_codes_that_the_dataset_has_are_left_out():
-    dataset = prepare.make_dataset(100, seed=[5, 1])
-    settings = run5.Settings(features="raw", extra_codes=1, seed=5)
-    train_set, val_set = run5.training_and_validation_sets(dataset, settings)
-    assert len(train_set) + len(val_set) == len(np.unique(np.concatenate([train_set.key, val_set.key])))
-    lost = 900 + 85 * 9 - len(train_set) - len(val_set)
-    assert lost == np.isin(prepare.make_dataset(85, seed=[5, 1]).key, dataset.key).sum() > 50
-
-
-@pytest.mark.slow
-def test_what_the_features_tell_without_a_network():
-    """Default dataset and split: predicting the mean, the largest bound, and a ridge regression for each group."""
-    settings = run5.Settings(extra_codes=0)
-    sets = run5.training_and_validation_sets(run5.load_dataset(*settings.data), settings)
-
-    def by_falling_bound(data):
-        """log2 of rho_B / s_B, the largest first, and of rho_B in that order; singular bases last and 0."""
-        rho, s = data.features[:, :126], data.features[:, 126:252]
-        bound = np.where((rho == 0) & (s == 0), -np.inf, rho - s)
-        order = np.argsort(-bound, axis=1)
-        both = [np.take_along_axis(x, order, axis=1) for x in (bound, rho)]
-        return np.nan_to_num(np.hstack(both), neginf=0)
-
-    table = {}
-    for i, group in enumerate(GROUPS):
-        train, val = (data.take(data.group == i) for data in sets)
-        x, x_val = (by_falling_bound(replace(data, features=data.features[data.group == i])) for data in sets)
-        ridge = make_pipeline(StandardScaler(), Ridge(1.0)).fit(x, train.log2_height)
-        guesses = {"mean": train.log2_height.mean(), "largest bound": x_val[:, 0], "ridge": ridge.predict(x_val)}
-        table[group] = {name: np.mean((val.log2_height - guess) ** 2) for name, guess in guesses.items()}
-    table = pd.DataFrame(table)
-    print(f"\n{table.T.round(4).to_string()}\nmeans of the groups: {table.mean(axis=1).round(4).to_dict()}")
-    assert table.loc["ridge"].mean() < table.loc["largest bound"].mean() < 0.11 < table.loc["mean"].min()
-    assert (table.loc["ridge"] < 0.04).all()
+def test_simple_models_are_fitted_to_training_rows_alone_and_know_a_line(small):
+    rng = np.random.default_rng(0)
+    lines = {(k, m): rng.normal(size=3) for k, m in GROUPS}
+    x = np.hstack([np.full((len(small), 1), 2.0), rng.normal(size=(len(small), 3))])
+    log2 = np.array([row[1:] @ lines[k, m] + 9 for row, k, m in zip(x, small.k, small.m, strict=True)])
+    data = replace(small, features=x.astype("float32"), height=2**log2)
+    parts = [
+        replace(data.take(rows), features=data.features[rows]) for rows in (np.arange(0, 360, 2), np.arange(1, 360, 2))
+    ]
+    table = run5.simple_predictions(*parts, "basis")
+    errors = run5.group_errors(parts[1], parts[1].log2_height, table)
+    assert list(errors.columns) == ["mean", "bound", "ridge", "n"] and (errors["n"] == 20).all()
+    assert (errors["ridge"] < 0.05 * errors["mean"]).all()
+    np.testing.assert_allclose(table["bound"], 2)
+    for i in range(9):
+        mean = parts[0].log2_height[parts[0].group == i].mean()
+        np.testing.assert_allclose(table["mean"][parts[1].group == i], mean)
+    assert list(run5.simple_predictions(*parts, "raw")) == ["mean", "ridge"]

@@ -323,13 +323,13 @@ def test_labelling_refuses_bad_options_in_one_line(tmp_path, monkeypatch, capsys
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory, small):
     path = tmp_path_factory.mktemp("model") / "model.h5"
-    run5.height_model(run5.build_network(small.P, NARROW), "raw").save(path)
+    run5.height_model(run5.build_network(small.P, run5.Settings(width=NARROW, features="raw")), "raw").save(path)
     return path
 
 
 def test_predictions_are_the_models_in_the_order_of_the_input(tmp_path, course, small, small_npz, model_file, capsys):
     assert run5.main([*map(str, ["--predict", small_npz, "--model", model_file, "--output", tmp_path])]) == 0
-    assert "log2-MSE" not in capsys.readouterr().out
+    assert "log2_mse" not in capsys.readouterr().out
     expected = read_heights(tmp_path / "small_predicted.csv")
     assert expected.shape == (360,) and (expected[:40] != expected[40:80]).all()
 
@@ -344,8 +344,11 @@ def test_predictions_are_the_models_in_the_order_of_the_input(tmp_path, course, 
     predicted = pickle.loads((tmp_path / "DS-1-Training-n_k_m_P_predicted.pkl").read_bytes())
     np.testing.assert_allclose(predicted, expected[order], rtol=1e-5)
     square = (np.log2(expected) - small.log2_height) ** 2
-    errors = [float(error) for error in re.findall(r" ([\d.]+) +40$", out, re.M)]
-    assert errors == pytest.approx([square[small.group == i].mean() for i in range(len(GROUPS))], rel=1e-5)
+    rows = np.array(re.findall(r" ([\d.]+) +([\d.]+) +40$", out, re.M), dtype=float)
+    assert rows[:, 0] == pytest.approx([square[small.group == i].mean() for i in range(len(GROUPS))], rel=1e-5)
+    bound = (run5.predict_all(run5.feature_model("basis"), small)[:, 0] - small.log2_height) ** 2
+    assert rows[:, 1] == pytest.approx([bound[small.group == i].mean() for i in range(len(GROUPS))], abs=2e-6)
+    assert f"log2_mse {square.mean():.6f}, bound_log2_mse {bound.mean():.6f}" in out
 
 
 def test_prediction_refuses_what_it_cannot_do(tmp_path, course, model_file, capsys):

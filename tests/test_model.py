@@ -21,9 +21,14 @@ def featured(small):
     return replace(small, features=small.P.astype("float32"))
 
 
-@pytest.mark.parametrize(("features", "width"), [("raw", 20), ("basis", 612)])
+def build(features, width=NARROW, kind="raw"):
+    """The network for these features, small unless told otherwise."""
+    return run5.build_network(features, run5.Settings(width=width, features=kind))
+
+
+@pytest.mark.parametrize(("features", "width"), [("raw", 20), ("basis", 252)])
 def test_layers_are_those_of_the_design(features, width):
-    network = run5.build_network(np.random.default_rng(0).normal(size=(50, width)))
+    network = build(np.random.default_rng(0).normal(size=(50, width)), 1.0, features)
     whole = run5.height_model(network, features)
     # 5,630,369 with P as 20 numbers.
     assert whole.count_params() == network.count_params() == 5_630_369 + (width - 20) * 256
@@ -36,7 +41,7 @@ def test_layers_are_those_of_the_design(features, width):
     assert [keras.activations.serialize(x) for x in named] == ["hard_tanh"] + ["gelu"] * 10 + ["softplus"]
     assert [(x.input_dim, x.output_dim) for x in of["Embedding"]] == [(7, 32), (6, 32)]
     assert [x.rate for x in of["HashDropout"]] == [0.3, 0.2, 0.3, 0.2, 0.2, 0.2, 0.1, 0.1]
-    assert len(of["Add"]) == 2
+    assert len(of["Add"]) == (2 if features == "raw" else 3)
     assert sum(isinstance(x, keras.layers.LayerNormalization) for x in network.layers) == 10
     assert not any(isinstance(x, keras.layers.Lambda) for x in whole.layers)
 
@@ -78,7 +83,7 @@ def test_dropout_is_there_in_training_alone_and_follows_from_the_seed():
 def test_features_are_scaled_by_the_training_set_and_kept_within_8_deviations():
     train = np.random.default_rng(0).normal(3, 50, (500, 20)).astype(np.float32)
     train[:, 19] = 0
-    network = run5.build_network(train, NARROW)
+    network = build(train)
     before_dense = next(x for x in network.layers if isinstance(x, keras.layers.Dense)).input
     scaled = keras.Model(network.inputs, before_dense)
     n = np.full((500, 1), 9)
@@ -89,7 +94,7 @@ def test_features_are_scaled_by_the_training_set_and_kept_within_8_deviations():
 
 
 def test_height_is_two_to_the_softplus(featured):
-    model = run5.height_model(run5.build_network(featured.features, NARROW), "raw")
+    model = run5.height_model(build(featured.features), "raw")
     heights = run5.predict_all(model, featured)
     log2 = model.get_layer("log2_height").predict(run5.network_inputs(featured), verbose=0)
     assert heights.shape == (360, 1)
@@ -97,10 +102,23 @@ def test_height_is_two_to_the_softplus(featured):
     np.testing.assert_allclose(np.log2(heights), log2, atol=1e-4)
 
 
+def test_no_prediction_is_below_the_largest_bound(small):
+    model = run5.feature_model("basis")
+    bound = run5.predict_all(model, small)[:, :1]
+    network = build(run5.predict_all(model, small), kind="basis")
+    heights = run5.predict_all(run5.height_model(network, "basis"), small)
+    assert (np.log2(heights) >= bound - 1e-5).all()
+    # What is added is the softplus of the last dense layer.
+    last = [x for x in network.layers if isinstance(x, keras.layers.Dense)][-1].output
+    inputs = run5.network_inputs(replace(small, features=run5.predict_all(model, small)))
+    softplus = np.logaddexp(0, keras.Model(network.inputs, last).predict(inputs, verbose=0))
+    np.testing.assert_allclose(np.log2(heights) - bound, softplus, atol=1e-4)
+
+
 def test_in_bfloat16_what_comes_in_and_what_goes_out_are_float32(featured, tmp_path):
     data = featured
     keras.config.set_dtype_policy("mixed_bfloat16")
-    model = run5.height_model(run5.build_network(data.features, NARROW), "raw")
+    model = run5.height_model(build(data.features), "raw")
     keras.config.set_dtype_policy("float32")
     network = model.get_layer("log2_height")
     of = {type(layer).__name__: layer for layer in network.layers}
@@ -134,6 +152,7 @@ def test_defaults_are_the_design():
     assert settings.stop_min_delta == 0.002
     assert (settings.constant_epochs, settings.decay) == (10, 0.95)
     assert (settings.features, settings.extra_codes, settings.precision, settings.width) == ("basis", 4, "auto", 1.0)
+    assert settings.test_codes == 2000
     assert not (asked.fresh or asked.trust_labels or asked.predict or asked.report)
 
 
@@ -190,12 +209,13 @@ def test_an_epoch_with_extra_codes_takes_other_rows_each_time_none_twice_and_all
 
 def trained(dataset, folder, **changes):
     """Train on raw P without extra codes, small; returns the checkpoint."""
-    settings = run5.Settings(**{"features": "raw", "extra_codes": 0, "width": NARROW} | changes)
+    settings = {"features": "raw", "extra_codes": 0, "test_codes": 10, "width": NARROW} | changes
+    settings = run5.Settings(**settings)
     keras.utils.set_random_seed(settings.seed)
-    train_set, val_set = run5.training_and_validation_sets(dataset, settings)
-    model = run5.height_model(run5.build_network(train_set.features, settings.width), "raw")
+    sets = run5.three_sets(dataset, settings)
+    model = run5.height_model(run5.build_network(sets["training"].features, settings), "raw")
     checkpoint = run5.Checkpoint(folder, {"seed": settings.seed, "data": dataset.sha256})
-    run5.train(model, train_set, val_set, settings, checkpoint)
+    run5.train(model, sets["training"], sets["validation"], settings, checkpoint)
     return checkpoint
 
 
@@ -242,6 +262,15 @@ def after_one_epoch(small, tmp_path_factory):
     checkpoint = trained(small, folder, epochs=1, batch_size=306)
     tf.config.run_functions_eagerly(False)
     return checkpoint, folder
+
+
+def test_the_history_has_the_error_of_training_rows_without_dropout(after_one_epoch, small):
+    checkpoint, folder = after_one_epoch
+    rows, _ = run5.split_dataset(small)
+    heights = run5.predict_all(run5.load_trained(folder / "best_model.h5"), small.take(rows))[:, 0]
+    expected = np.mean((np.log2(heights) - small.log2_height[rows]) ** 2)
+    assert checkpoint.history[0]["train_mse"] == pytest.approx(expected, rel=1e-4)
+    assert checkpoint.history[0]["train_mse"] != pytest.approx(checkpoint.history[0]["loss"], rel=0.01)
 
 
 def test_the_optimizer_is_the_designs_and_the_best_model_has_none(after_one_epoch):
@@ -291,14 +320,14 @@ def test_a_run_whose_folder_another_one_has_taken_ends_with_one_line(small, tmp_
     def others(path):
         files.write_checkpoint(path, {"run": {"seed": 7}}, [])
 
-    settings = run5.Settings(features="raw", extra_codes=0, width=NARROW, epochs=3, batch_size=306)
-    train_set, val_set = run5.training_and_validation_sets(small, settings)
-    model = run5.height_model(run5.build_network(train_set.features, NARROW), "raw")
+    settings = run5.Settings(features="raw", extra_codes=0, test_codes=10, width=NARROW, epochs=3, batch_size=306)
+    sets = run5.three_sets(small, settings)
+    model = run5.height_model(run5.build_network(sets["training"].features, settings), "raw")
     for change, problem in ((gone, "cannot be read"), (others, r"seed \(7 there, 42 now\)")):
         checkpoint = Taken(tmp_path, {"seed": 42})
         checkpoint.change = change
         with pytest.raises(run5.InputError, match=problem):
-            run5.train(model, train_set, val_set, settings, checkpoint)
+            run5.train(model, sets["training"], sets["validation"], settings, checkpoint)
 
 
 def test_a_disk_that_fills_up_leaves_what_was_there_whole(after_one_epoch):
