@@ -207,3 +207,35 @@ def test_simple_models_are_fitted_to_training_rows_alone_and_know_a_line(small):
         mean = parts[0].log2_height[parts[0].group == i].mean()
         np.testing.assert_allclose(table["mean"][parts[1].group == i], mean)
     assert list(run5.simple_predictions(*parts, "raw")) == ["mean", "ridge"]
+
+
+@pytest.mark.slow
+def test_trials_of_features(tmp_path):
+    """Validation errors after three epochs on other features than the default: the table of data/feature_trials.md."""
+
+    def levels(x):
+        return np.hstack([x[:, :1], x[:, :1] - x[:, 1:126], x[:, :1] + x[:, 126:]])
+
+    trials = {
+        "the default": (lambda x: x, "basis"),
+        "bounds and rho_B themselves, not relative to the largest bound": (levels, "basis"),
+        "bounds alone, without rho_B": (lambda x: x[:, :126], "basis"),
+        "the default, the largest bound not added to the output": (lambda x: x, "raw"),
+    }
+    settings = run5.Settings(extra_codes=1, test_codes=10, epochs=3, seed=1)
+    sets = run5.three_sets(run5.load_dataset(*settings.data), settings)
+    errors = {}
+    for number, (name, (transform, kind)) in enumerate(trials.items()):
+        train_set, val_set = (
+            replace(sets[x], features=transform(sets[x].features)) for x in ("training", "validation")
+        )
+        run5.set_up_keras(settings.seed, run5.precision_for("auto"))
+        network = run5.build_network(train_set.features, replace(settings, features=kind))
+        run5.compile_network(network, keras.optimizers.AdamW(1e-3, weight_decay=1e-4, clipnorm=1.0))
+        rate = keras.callbacks.LearningRateScheduler(lambda epoch, _: 1e-3 * 0.3**epoch)
+        (tmp_path / str(number)).mkdir()
+        checkpoint = run5.Checkpoint(tmp_path / str(number), {})
+        run5.fit(network, run5.Batches(train_set, settings), val_set, [rate], checkpoint)
+        errors[name] = [epoch["val_loss"] for epoch in checkpoint.history]
+        print(f"{name}: {' '.join(f'{error:.4f}' for error in errors[name])}", flush=True)
+    assert min(errors, key=lambda name: errors[name][-1]) == "the default"
