@@ -226,9 +226,8 @@ def test_trials_of_features(tmp_path):
     sets = run5.three_sets(run5.load_dataset(*settings.data), settings)
     errors = {}
     for number, (name, (transform, kind)) in enumerate(trials.items()):
-        train_set, val_set = (
-            replace(sets[x], features=transform(sets[x].features)) for x in ("training", "validation")
-        )
+        parts = (sets["training"], sets["validation"])
+        train_set, val_set = (replace(data, features=transform(data.features)) for data in parts)
         run5.set_up_keras(settings.seed, run5.precision_for("auto"))
         network = run5.build_network(train_set.features, replace(settings, features=kind))
         run5.compile_network(network, keras.optimizers.AdamW(1e-3, weight_decay=1e-4, clipnorm=1.0))

@@ -273,10 +273,8 @@ def test_a_report_without_its_figures_is_refused(tmp_path, capsys):
 
 
 def test_progress_is_one_line_an_epoch_and_the_time_left_when_output_is_no_terminal(finished):
-    assert (
-        len(re.findall(r"^2/2 - .*val_loss: [\d.]+ - train_mse: [\d.]+ - learning_rate: 0.0010$", finished[0], re.M))
-        == 1
-    )
+    figures = r"val_loss: [\d.]+ - train_mse: [\d.]+ - learning_rate: 0.0010"
+    assert len(re.findall(rf"^2/2 - .*{figures}$", finished[0], re.M)) == 1
     assert re.search(r"^at most \d:\d\d:\d\d left\nEpoch 2/2$", finished[0], re.M)
     assert "\b" not in finished[0]
 
