@@ -546,7 +546,7 @@ Departures from the design
 - Codes are split, not rows, so that no code is in two sets. There is a test set.
 - {parameters:,} parameters: the layers of the design have so many, though it says 3-4 million.
 
-sets            {sets}; no code is in two of them
+sets            {sets}, made by data/prepare.py; no code is in two of them
 run             {epochs_run} epochs, ended by {ended}, best epoch {best_epoch} by val_loss
 training        seed {settings[seed]}, {settings[precision]}, {rows_an_epoch:,} rows an epoch, {seconds:.0f} s
 dataset         {dataset[file]}, {dataset[rows]:,} rows, {dataset[duplicates]:,} of them duplicates
