@@ -164,7 +164,7 @@ def test_the_report_begins_with_its_verdict(finished, metrics):
     for run, words in (("ridge", "by ridge regression"), ("bound", "by the largest bound"), ("mean", "by predicting")):
         assert f"{overall(metrics, run=run):.4f} {words}" in verdict
     better = [row["run5"] < row["ridge"] for row in metrics["errors"]["test"] if row["m"] < 9 - row["k"]]
-    assert f"beats it in {sum(better)} of the six groups" in verdict
+    assert f"beats it in {sum(better)} of the 6 groups" in verdict
     assert "fed the entries of P, as the design has it, was not trained on this dataset" in verdict
 
 
