@@ -55,13 +55,11 @@ TIERS = {"easy": ((4, 2), (4, 3), (5, 2)), "medium": ((4, 4), (5, 3), (6, 2)), "
 
 # What the report's figures are to be below: means of the groups as the design has them, then this project's own.
 TARGETS = {"easy": 0.15, "medium": 0.30, "hard": 1.20, "overall": 0.35, "overall, to beat": 0.374}
-OWN_TARGETS = {"overall, aim": 0.008, "overall / ridge regression": 1, "groups lost to the ridge": 3}
-OWN_TARGETS |= {"largest error of a hard group": 0.003, "low codes / overall": 2}
-
+OWN_TARGETS = {"overall, aim": 0.008, "overall / ridge": 1, "groups of 6 worse than ridge": 3}
+OWN_TARGETS |= {"worst hard group": 0.003, "low codes / overall": 2}
 GROUP_WEIGHTS = dict.fromkeys(GROUPS, 1.0) | {(4, 5): 2.0, (5, 4): 1.5, (6, 2): 1.2, (6, 3): 1.5}
-
 # What needs no network, and the runs of data/rerun_baselines.py that have the same validation set as Run 5.
-SIMPLE = {"mean": "mean", "bound": "largest bound", "ridge": "ridge regression"}
+SIMPLE = {"mean": "mean", "bound": "largest bound", "ridge": "ridge"}
 INNER_GROUPS = [(k, m) for k, m in GROUPS if m < N - k]  # In the other groups the largest bound is the m-height.
 SAME_SPLIT = RUN2, RUN4, CURRICULUM, RAW = "Run 2", "Run 4", "Run 4, curriculum", "Run 5, raw P"
 TEST_SEED = 2  # The test set is the same whatever the seed of the run.
@@ -461,9 +459,9 @@ def check_targets(errors: dict[str, pd.DataFrame]) -> pd.DataFrame:
         groups, tiers = errors[name], tier_means(errors[name])
         run5, overall = groups["run5"], tiers["run5"]["overall"]
         figures[name] = {**tiers["run5"], "overall, to beat": overall, "overall, aim": overall}
-        figures[name]["overall / ridge regression"] = overall / tiers["ridge"]["overall"]
-        figures[name]["groups lost to the ridge"] = (run5 >= groups["ridge"])[INNER_GROUPS].sum()
-        figures[name]["largest error of a hard group"] = run5[list(TIERS["hard"])].max()
+        figures[name]["overall / ridge"] = overall / tiers["ridge"]["overall"]
+        figures[name]["groups of 6 worse than ridge"] = (run5 >= groups["ridge"])[INNER_GROUPS].sum()
+        figures[name]["worst hard group"] = run5[list(TIERS["hard"])].max()
         figures[name]["low codes / overall"] = low / overall if name == "test" else np.nan
     table = pd.DataFrame(figures).loc[list(limits)].assign(below=limits)
     missed = table[["validation", "test"]].ge(table["below"], axis=0).any(axis=1)
@@ -473,18 +471,19 @@ def check_targets(errors: dict[str, pd.DataFrame]) -> pd.DataFrame:
 def verdict_text(errors: dict[str, pd.DataFrame], targets: pd.DataFrame, measured: pd.DataFrame) -> str:
     """The first lines of the report."""
     validation, test = (tier_means(errors[name]).loc["overall"] for name in ("validation", "test"))
-    won = (errors["test"]["run5"] < errors["test"]["ridge"])[INNER_GROUPS].sum()
-    bound = f"{test['bound']:.4f} by the largest bound, " if "bound" in test else ""
+    inner, beats = errors["test"].loc[INNER_GROUPS], "beats" if test["run5"] < test["ridge"] else "LOSES TO"
+    bound = f" and {test['bound']:.4f} by the largest bound" if "bound" in test else ""
     raw = f"reaches {measured[RAW].mean():.4f} (validation)" if RAW in measured else "was not trained on this dataset"
     missed = "".join(f" MISSED: {target}." for target in targets.index[targets["met"] == "MISSED"])
     sentences = [
         f"Test error {test['run5']:.4f}, validation error {validation['run5']:.4f}. (An error here is a log2-MSE, the "
         "mean of (log2 of predicted height - log2 of true height)^2, averaged over the nine (k, m) groups.)",
-        f"Without a network the same features give a test error of {test['ridge']:.4f} by ridge regression, {bound}and "
-        f"{test['mean']:.4f} by predicting the mean of each group.",
-        f"So the network {'beats' if test['run5'] < test['ridge'] else 'LOSES TO'} the ridge regression overall. It "
-        f"beats it in {won} of the 6 groups with m < n-k; in the other 3 the largest bound is the height itself.",
-        f"The same network fed the entries of P, as the design has it, {raw}.",
+        f"Without a network, the same features give test errors of {test['ridge']:.4f} by ridge regression{bound}. "
+        f"Predicting the mean of each group, without any features, gives {test['mean']:.4f}.",
+        f"So the network {beats} the ridge regression overall. In the 6 groups with m < n-k alone, it has "
+        f"{inner['run5'].mean():.4f} against {inner['ridge'].mean():.4f}, and beats it in "
+        f"{(inner['run5'] < inner['ridge']).sum()} of them; in the other 3 the largest bound is the height itself.",
+        f"The same network on the entries of P, which the design has as its input, {raw}.",
         f"Targets met: {(targets['met'] == 'met').sum()} of {len(targets)}.{missed}",
     ]
     return "\n- ".join(sentences)
@@ -502,13 +501,14 @@ def comparison_text(errors: pd.DataFrame, rows: pd.Series) -> str:
 
 
 def same_split_text(errors: dict[str, pd.DataFrame], measured: pd.DataFrame) -> str:
-    """log2-MSE of every way to predict (rows) by (k, m) group and for the means of the tiers (columns)."""
-    simple = errors["validation"].rename(columns=SIMPLE).drop(columns=["run5", "n"])
-    table = pd.concat([simple, measured[[run for run in SAME_SPLIT if run in measured]]], axis=1)
-    table["Run 5"], table["Run 5, test"] = errors["validation"]["run5"], errors["test"]["run5"]
-    table["Run 5, low codes"] = errors["low codes"]["run5"]
-    columns = pd.concat([table.set_axis([f"{k},{m}" for k, m in table.index]), tier_means(table)])
-    return columns.T.rename(columns={"overall": "all"}).to_string(float_format="{:.3f}".format)
+    """log2-MSE of every way to predict, by set (rows), by (k, m) group and for the means of the tiers (columns)."""
+    tables = {}
+    for name, table in zip(("val", "test", "low"), errors.values(), strict=True):
+        runs = measured[[run for run in SAME_SPLIT if run in measured and name == "val"]]
+        table = pd.concat([table.drop(columns=["run5", "n"]).rename(columns=SIMPLE), runs, table["run5"]], axis=1)
+        columns = pd.concat([table.set_axis([f"{k},{m}" for k, m in table.index]), tier_means(table)])
+        tables[name] = columns.rename(index={"overall": "all"}, columns={"run5": "Run 5"}).T
+    return pd.concat(tables).to_string(float_format="{:.3f}".format)
 
 
 REPORT = """\
@@ -517,38 +517,38 @@ Run 5: the m-height of linear codes of length 9, predicted in log2 from n, k, m 
 - {verdict}
 
 Run 2 and Run 4 are as published: on another dataset, and with a split by rows that left most
-validation codes in training too. On new codes their errors are larger.
+validation codes in training too, so that their errors on new codes are larger.
 
 {published}
-
 "vs" is Run 5 / other - 1: negative means that Run 5 has the smaller error. Run 5 is on the
 validation set here. The design quotes 0.538 for Run 4; its published groups have the mean above.
 
-Targets: each figure is to be below its limit, on the validation set and on the test set
+Targets: each figure is to be below its limit, on the validation set and on the test set. The first
+five are the design's; the others were set for this project before the run.
 {targets}
 
-Same data, same split: log2-MSE on the validation set, in the last two lines on the test set
+Same data, same split: log2-MSE on the validation set (val), the test set, and its low codes (low)
 {same_split}
-
-mean              predicting the mean log2 height of the group's training rows
-largest bound     each basis of a code gives a lower bound of the m-height; this is the largest one
-ridge regression  of log2 height on the features of Run 5, for each group, on the training set
-low codes         the tenth of the test set that is made to have a small m-height
-
-Earlier runs, weighting and leak (data/rerun_baselines.py): {runs}
+m-height       largest ratio of max |c_i| to the (m+1)-th largest |c_i|, over non-zero codewords c
+tiers          easy (4,2) (4,3) (5,2), medium (4,4) (5,3) (6,2), hard (m = n-k) (4,5) (5,4) (6,3)
+mean           predicting the mean log2 height of the group's training rows
+largest bound  the largest of the lower bounds of the m-height that the information sets (bases) give
+ridge          regression of log2 height on the features, for each group, fitted to the training set
+low codes      the tenth of the test set that is made to have a small m-height
+Earlier runs, weighting and data leakage (data/rerun_baselines.py): {runs}
 
 Departures from the design
 - Features: two numbers for each basis of the code, 252 in all, in place of the 20 entries of P. The
   largest bound among them is added to the softplus at the output. (Neither with --features raw.)
-- Features are scaled by the training set's mean and deviation and kept within 8 deviations.
-- {extra_codes:,} extra codes for training. An epoch has as many rows as it would have without them.
-- Early stopping counts a val_loss as lower if it is so by {settings[stop_min_delta]} (min_delta).
+- Features are scaled by the training set's mean and deviation, and kept within 8 deviations.
+- {extra_codes:,} extra codes for training. An epoch is {rows_an_epoch:,} rows of the training set, sampled evenly.
+- Early stopping does not count an improvement of val_loss by less than {settings[stop_min_delta]} (min_delta).
 - Codes are split, not rows, so that no code is in two sets. There is a test set.
-- {parameters:,} parameters: the layers of the design have so many, though it says 3-4 million.
+- {parameters:,} parameters. The design says 3-4 million, but its layers have 5,630,369 on P.
 
 sets            {sets}, made by data/prepare.py; no code is in two of them
 run             {epochs_run} epochs, ended by {ended}, best epoch {best_epoch} by val_loss
-training        seed {settings[seed]}, {settings[precision]}, {rows_an_epoch:,} rows an epoch, {seconds:.0f} s
+training        seed {settings[seed]}, {settings[precision]}, {seconds:.0f} s
 dataset         {dataset[file]}, {dataset[rows]:,} rows, {dataset[duplicates]:,} of them duplicates
 sha256          {dataset[sha256]}
 versions        {packages}
@@ -591,13 +591,13 @@ def plot_history(results: dict, path: Path) -> None:
             counted, least = epoch, error
     figure = Figure(figsize=(9, 7), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    top.plot(history["loss"], "C7", label="loss in training, with dropout and weights")
-    top.plot(history["train_mse"], "C0", label="training rows, without dropout and weights")
+    top.plot(history["loss"], "C7", label="loss in training, with dropout and group weights")
+    top.plot(history["train_mse"], "C0", label="training rows, without dropout and group weights")
     top.plot(history["val_loss"], "C1", label="validation set")
     top.plot(best, history["val_loss"][best], "kv", label=f"best epoch {best}: {history['val_loss'][best]:.4f}")
-    top.axvline(counted, color="black", linestyle=":", label=f"early stopping counts from epoch {counted}")
+    top.axvline(counted, color="black", linestyle=":", label=f"early stopping counts from here, epoch {counted}")
     ridge = pd.DataFrame(results["errors"]["validation"])["ridge"].mean()
-    top.axhline(ridge, color="C2", linestyle="--", label=f"ridge regression, validation set: {ridge:.4f}")
+    top.axhline(ridge, color="C2", linestyle="--", label=f"ridge, validation set: {ridge:.4f}")
     top.axhline(TARGETS["overall"], color="C3", linestyle="--", label=f"target overall: {TARGETS['overall']}")
     top.set(ylabel="MSE of log2 height", yscale="log", title="Run 5: training history")
     below.plot(history["learning_rate"], "C4")
@@ -643,12 +643,12 @@ def plot_comparison(published: pd.DataFrame, test: pd.DataFrame, measured: pd.Da
                 panel.plot(x + 0.08 * i - 0.12, table[run].loc[groups], mfc=fill, label=f"{run}, {said}", **style)
     panel.plot(x, test["run5"], "k*", markersize=14, label="Run 5, test set")
     for i, tier in enumerate(TIERS):
-        panel.hlines(TARGETS[tier], 3 * i - 0.5, 3 * i + 2.5, "C3", label=None if i else "target of the tier")
+        panel.hlines(TARGETS[tier], 3 * i - 0.5, 3 * i + 2.5, "C3", label=None if i else "target, mean of the tier")
         panel.axvline(3 * i - 0.5, color="lightgray")
         panel.text(3 * i + 1, 6, tier, horizontalalignment="center")
     panel.set_xticks(x, [f"k={k}, m={m}" for k, m in groups])
-    panel.set(title="Run 5, earlier runs, and what its features give without a network", yscale="log", xlim=(-0.5, 8.5))
-    panel.set(ylabel=f"MSE of log2 height ({least:g}: this or less)", ylim=(least / 2, 10))
+    panel.set(title="Run 5, earlier runs as published (other data, leaked split), simple models", yscale="log")
+    panel.set(ylabel=f"MSE of log2 height ({least:g}: this or less)", ylim=(least / 2, 10), xlim=(-0.5, 8.5))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.grid(axis="y", alpha=0.3)
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4)

@@ -98,7 +98,7 @@ def test_runs_write_their_rows_and_the_report_shows_them(eager, small_npz, small
     text = run5.same_split_text(errors, table)
     for run in ("Run 2", "Run 4", "Run 5, raw P"):
         figures = measured.query("run == @run")["log2_mse"]
-        assert re.search(rf"^{run} +{figures.iloc[0]:.3f} .* {figures.mean():.3f}$", text, re.M)
+        assert len(re.findall(rf" {run} +{figures.iloc[0]:.3f} .* {figures.mean():.3f}$", text, re.M)) == 1
     assert "shared" not in text and set(runs["ended"]) == {"--epochs 1"}
     for sha256, seed in ((small.sha256, 43), ("another", 42)):
         assert prepare.read_baselines(sha256, seed, csv)[1].empty
