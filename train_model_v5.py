@@ -532,7 +532,7 @@ Same data, same split: log2-MSE on the validation set (val), the test set, and i
 m-height       largest ratio of max |c_i| to the (m+1)-th largest |c_i|, over non-zero codewords c
 tiers          easy (4,2) (4,3) (5,2), medium (4,4) (5,3) (6,2), hard (m = n-k) (4,5) (5,4) (6,3)
 mean           predicting the mean log2 height of the group's training rows
-largest bound  the largest of the lower bounds of the m-height that the information sets (bases) give
+largest bound  each information set (basis) bounds the m-height from below; the largest bound
 ridge          regression of log2 height on the features, for each group, fitted to the training set
 low codes      the tenth of the test set that is made to have a small m-height
 Earlier runs, weighting and data leakage (data/rerun_baselines.py): {runs}

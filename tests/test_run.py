@@ -271,6 +271,19 @@ def test_a_report_without_its_figures_is_refused(tmp_path, capsys):
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_the_repository_holds_the_model_and_the_report_of_one_run(tmp_path):
+    metrics = json.loads((ROOT / "run_5" / "metrics.json").read_text())
+    dataset = run5.load_dataset(*run5.Settings().data)
+    assert metrics["settings"]["data"] == dataset.sha256
+    val_set = dataset.take(run5.split_dataset(dataset, seed=metrics["settings"]["seed"])[1])
+    heights = run5.predict_all(run5.load_trained(ROOT / "run_5" / run5.MODEL_FILE), val_set)[:, 0].astype(float)
+    errors = run5.group_errors(val_set, val_set.log2_height, pd.DataFrame({"run5": np.log2(heights)}))
+    expected = pd.DataFrame(metrics["errors"]["validation"]).set_index(["k", "m"])
+    np.testing.assert_allclose(errors["run5"], expected["run5"], rtol=0.01)
+    report = (ROOT / "run_5" / "detailed_comparison.txt").read_text()
+    assert run5.write_report(metrics, tmp_path) == report
+
+
 def test_progress_is_one_line_an_epoch_and_the_time_left_when_output_is_no_terminal(finished):
     figures = r"val_loss: [\d.]+ - train_mse: [\d.]+ - learning_rate: 0.0010"
     assert len(re.findall(rf"^2/2 - .*{figures}$", finished[0], re.M)) == 1
