@@ -549,6 +549,7 @@ sets            {sets}, made by data/prepare.py; no code is in two of them
 run             {epochs_run} epochs, ended by {ended}, best epoch {best_epoch} by val_loss
 training        seed {settings[seed]}, {settings[precision]}, {seconds:.0f} s
 dataset         {dataset[file]}, {dataset[rows]:,} rows, {dataset[duplicates]:,} of them duplicates
+left out        {dataset[infinite]:,} more rows of the dataset, whose height is infinite
 sha256          {dataset[sha256]}
 versions        {packages}
 machine         {machine}, {times[finished]}
@@ -649,7 +650,6 @@ def plot_comparison(published: pd.DataFrame, test: pd.DataFrame, measured: pd.Da
     panel.set_xticks(x, [f"k={k}, m={m}" for k, m in groups])
     panel.set(title="Run 5, earlier runs as published (other data, leaked split), simple models", yscale="log")
     panel.set(ylabel=f"MSE of log2 height ({least:g}: this or less)", ylim=(least / 2, 10), xlim=(-0.5, 8.5))
-    panel.yaxis.set_major_formatter("{x:g}")
     panel.grid(axis="y", alpha=0.3)
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4)
     figure.savefig(path, dpi=120)
@@ -668,11 +668,12 @@ def predict(inputs: Path, labels: Path | None, model: Path, output: Path) -> int
     files.write_heights(written, codes, predicted)
     print(f"{written}: {len(predicted):,} heights")
     if true is not None:
-        bound = predict_all(feature_model("basis"), codes)[:, 0]
+        bound, finite = predict_all(feature_model("basis"), codes)[:, 0], np.isfinite(true)
         both = pd.DataFrame({"log2_mse": np.log2(predicted), "bound_log2_mse": bound})
-        errors = group_errors(codes, np.log2(true), both)
+        errors = group_errors(Codes(*(x[finite] for x in codes)), np.log2(true[finite]), both[finite])
         means = ", ".join(f"{name} {error:.6f}" for name, error in errors[both.columns].mean().items())
-        print(f"{errors.to_string(float_format='{:.6f}'.format)}\nmeans of the groups: {means}")
+        print(errors.to_string(float_format="{:.6f}".format))
+        print(f"means of the groups: {means}; {(~finite).sum():,} rows of infinite height left out")
     return 0
 
 
@@ -695,7 +696,7 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
     work.mkdir(parents=True, exist_ok=True)
     sets = three_sets(dataset, settings)
     rows = describe_sets(sets)
-    print(f"{dataset.source}: {len(dataset):,} rows\n{rows.to_string()}", flush=True)
+    print(f"{dataset.source}: {len(dataset):,} rows, {dataset.infinite:,} infinite ones left out\n{rows}", flush=True)
 
     set_up_keras(settings.seed, settings.precision)
     model = height_model(build_network(sets["training"].features, settings), settings.features)
@@ -780,7 +781,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, argpar
     asked = parser.parse_args(argv)
     if not asked.predict and (asked.heights or asked.model):
         parser.error("--heights and --model: expected --predict FILE beside them")
-    asked.data = tuple(asked.data)
     return Settings(**{option.name: getattr(asked, option.name) for option in options}), asked
 
 

@@ -4,21 +4,19 @@ import io
 import json
 import os
 import pickle
-import re
 import reprlib
 import secrets
-import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, NoReturn
 from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 
 from data.heights import GROUPS, P_WIDTH, REAL_ENTRY_MAX, REAL_ENTRY_MIN, Codes, N, flatten
+from data.pickles import CONVERT, Array, PlainUnpickler
 
 # How every npz file begins.
 ZIP = b"PK"
@@ -36,91 +34,13 @@ def one_line(error: Exception) -> str:
 
 # --- pickles --------------------------------------------------------------------------------------------------------
 
-# Pickles come from strangers, and a malformed one can crash even NumPy's own unpickling. So a pickle calls nothing but
-# the stand-ins below, which check what they are given; opcodes that course files have no use for are left out.
-
-
-class _Admitted:
-    """A function that a pickle may call and not change."""
-
-    def __init__(self, call) -> None:
-        self._call = call
-
-    def __call__(self, *arguments):
-        return self._call(*arguments)
-
-    def __setstate__(self, state) -> NoReturn:
-        raise pickle.UnpicklingError("it would change what it calls")
-
-
-class _Dtype:
-    """Stands in for numpy.dtype: plain numbers of at most eight bytes."""
-
-    def __init__(self, code: str, *_) -> None:
-        self.code, self.order = code, "="
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = state[1]
-
-    def read(self, raw: bytes) -> np.ndarray:
-        if not re.fullmatch("[biuf][1248]", self.code):
-            raise pickle.UnpicklingError(f"it holds an array of dtype {self.code!r}, expected numbers")
-        return np.frombuffer(raw, np.dtype(self.code).newbyteorder(self.order))
-
-
-class _Array:
-    """Stands in for numpy.ndarray."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.array = values
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, raw = state
-        self.array = dtype.read(raw).reshape(shape, order="F" if fortran else "C")
-
-
-_PICKLE_MAY_CALL = {
-    ("numpy", "ndarray"): None,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _Admitted(lambda text, encoding: text.encode({"latin1": "latin1"}[encoding])),
-}
-for _core in ("numpy.core", "numpy._core"):
-    _PICKLE_MAY_CALL |= {
-        (f"{_core}.multiarray", "_reconstruct"): _Admitted(lambda kind, shape, code: _Array(np.empty(0))),
-        (f"{_core}.multiarray", "scalar"): _Admitted(lambda dtype, raw: dtype.read(raw).item()),
-        (f"{_core}.numeric", "_frombuffer"): _Admitted(
-            lambda raw, dtype, shape, order: _Array(dtype.read(raw).reshape(shape, order=order))
-        ),
-    }
-
-
-class _PlainUnpickler(pickle._Unpickler):
-    """Admits numbers, strings, plain containers and arrays and scalars of numbers; refuses all else by its name."""
-
-    dispatch: ClassVar = {
-        opcode: load
-        for opcode, load in pickle._Unpickler.dispatch.items()
-        if load.__name__.removeprefix("load_")
-        not in ("persid", "binpersid", "ext1", "ext2", "ext4", "inst", "obj", "newobj", "newobj_ex")
-    }
-
-    def load_bytearray8(self) -> None:
-        # The original makes room for what the length says before it finds that the file is shorter.
-        (length,) = struct.unpack("<Q", self.read(8))
-        self.append(self.read(length))
-
-    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _PICKLE_MAY_CALL:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, expected numbers and arrays of numbers alone")
-        return _PICKLE_MAY_CALL[module, name]
-
 
 def _read_pickle(path: Path, content: bytes):
-    """The object in a pickle, arrays in it as _Array. Raises InputError where it is torn or not plain."""
+    """The object in a pickle, arrays in it as pickles.Array. Raises InputError where it is torn or not plain."""
+    if content.startswith(b"\x93NUMPY"):
+        raise InputError(f"{path}: is a .npy file, expected npz or pickle; {CONVERT}")
     try:
-        return _PlainUnpickler(io.BytesIO(content)).load()
+        return PlainUnpickler(io.BytesIO(content)).load()
     except Exception as error:
         # A malformed pickle can raise anything, and every case means the same to the user.
         problem = one_line(error)
@@ -162,7 +82,7 @@ def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> list[np.ndarr
 
 
 def _codes_from_course(path: Path, rows) -> Codes:
-    """Codes from the course's list of [n, k, m, P], P of shape (k, n - k)."""
+    """Codes from the course's list of [n, k, m, P]; P an array or nested lists of shape (k, n - k), or flat."""
     if not isinstance(rows, list | tuple):
         raise InputError(f"{path}: holds {_name(rows)}, expected a list of [n, k, m, P]")
     parts = []
@@ -178,17 +98,33 @@ def _codes_from_course(path: Path, rows) -> Codes:
             raise InputError(f"{where}: found n = {_name(n)}, expected {N}")
         if (k, m) not in GROUPS:
             raise InputError(f"{where}: found (k, m) = ({_name(k)}, {_name(m)}), expected one of the nine groups")
-        P = P.array if isinstance(P, _Array) else P
-        if not isinstance(P, np.ndarray) or P.dtype.kind not in "iuf" or P.shape != (k, N - k):
+        matrix = _array(P)
+        if matrix is None or matrix.shape not in ((k, N - k), (k * (N - k),)):
             raise InputError(f"{where}: found P = {_name(P)}, expected an array of numbers of shape {(k, N - k)}")
-        parts.append((k, m, flatten(P[None].astype(np.float64))[0]))
+        parts.append((k, m, flatten(matrix.reshape(1, -1).astype(np.float64))[0]))
     k, m, P = zip(*parts, strict=True) if parts else ((), (), ())
     return Codes(np.array(k, dtype=np.int64), np.array(m, dtype=np.int64), np.array(P).reshape(-1, P_WIDTH))
 
 
+def _array(value, depth: int = 2) -> np.ndarray | None:
+    """An array of numbers, or lists of them nested to this depth, as an array; None for anything else."""
+    if isinstance(value, Array):
+        return value.array
+    if not isinstance(value, list | tuple) or depth == 0:
+        return None
+    rows = [_array(row, depth - 1) if isinstance(row, list | tuple | Array) else row for row in value]
+    if any(row is None or isinstance(row, bool | str) for row in rows):
+        return None
+    try:
+        array = np.array(rows)
+    except ValueError:  # Rows of different lengths.
+        return None
+    return array if array.dtype.kind in "iuf" else None
+
+
 def _name(value) -> str:
     """What a value is, in a few words."""
-    value = value.array if isinstance(value, _Array) else value
+    value = value.array if isinstance(value, Array) else value
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype} of shape {value.shape}"
     if isinstance(value, list | tuple):
@@ -227,8 +163,8 @@ def read_codes(path: Path | str) -> Codes:
 def read_heights(path: Path | str) -> np.ndarray:
     """Heights, float64 (rows,), from npz (array height), csv (column height) or a pickled list as the course has it.
 
-    Raises InputError, with the row (from 0) where there is one: the file cannot be read or holds something else, or a
-    height is not a number, below 1 or infinite.
+    A height may be infinite. Raises InputError, with the row (from 0) where there is one: the file cannot be read or
+    holds something else, or a height is not a number or below 1.
     """
     path, content = Path(path), _read_bytes(path)
     if content.startswith(ZIP):
@@ -237,7 +173,7 @@ def read_heights(path: Path | str) -> np.ndarray:
         values = _height_column(path, content)
     else:
         values = _read_pickle(path, content)
-    if isinstance(values, _Array) and values.array.ndim == 1:
+    if isinstance(values, Array) and values.array.ndim == 1:
         values = values.array.tolist()
     if not isinstance(values, list | tuple):
         raise InputError(f"{path}: holds {_name(values)}, expected a list of heights")
@@ -252,7 +188,6 @@ def read_heights(path: Path | str) -> np.ndarray:
             heights[i] = np.inf if value > 0 else -np.inf
     _refuse_first(path, ~np.isnan(heights), lambda i: "height nan, expected a number")
     _refuse_first(path, heights >= 1, lambda i: f"height {_name(values[i])}, expected 1 or more")
-    _refuse_first(path, np.isfinite(heights), lambda i: f"height {_name(values[i])}, expected a finite number")
     return heights
 
 

@@ -261,7 +261,8 @@ class Dataset:
 
     k, m: int64 (rows,); P: numbers (rows, P_WIDTH) as `flatten` lays it out; height: float64 (rows,); key: (rows,), of
     code_keys, equal for equivalent codes; low: bool (rows,), made to have a small height, False where that is not
-    known; features: what a network is fed for P, float32 (rows, width), or None.
+    known; features: what a network is fed for P, float32 (rows, width), or None; infinite: rows of the file that were
+    left out, since their height is infinite.
     """
 
     k: np.ndarray
@@ -273,6 +274,7 @@ class Dataset:
     features: np.ndarray | None = None
     source: str = ""
     sha256: str = ""
+    infinite: int = 0
 
     def __len__(self) -> int:
         return len(self.height)
@@ -290,7 +292,8 @@ class Dataset:
     def describe(self) -> dict:
         """File, hash and rows; duplicates are rows whose code and m an earlier row has too."""
         duplicates = int(pd.DataFrame({"key": self.key, "m": self.m}).duplicated().sum())
-        return {"file": self.source, "sha256": self.sha256, "rows": len(self), "duplicates": duplicates}
+        counts = {"rows": len(self), "duplicates": duplicates, "infinite": self.infinite}
+        return {"file": self.source, "sha256": self.sha256, **counts}
 
     def take(self, rows: np.ndarray) -> "Dataset":
         """The dataset of these rows alone, without features."""

@@ -103,8 +103,9 @@ def environment() -> dict:
 def load_dataset(path: Path | str, heights: Path | str | None = None) -> Dataset:
     """Read a dataset: one npz file, codes and heights in the course's format, or the folder that holds these two.
 
-    Raises InputError, with the row (from 0) where there is one, when a file is missing or malformed, codes and heights
-    are not equally many, (k, m) is none of the nine groups, P is not finite, or a height is not finite or below 1.
+    Rows of infinite height are left out and counted. Raises InputError, with the row (from 0) where there is one, when
+    a file is missing or malformed, codes and heights are not equally many, (k, m) is none of the nine groups, P is not
+    finite, or a height is below 1, and when all are infinite.
     """
     path = Path(path)
     if path.is_dir():
@@ -112,17 +113,20 @@ def load_dataset(path: Path | str, heights: Path | str | None = None) -> Dataset
     codes = read_codes(path)
     files = [path] if heights is None else [path, Path(heights)]
     height = heights_of(codes, files[-1])
+    finite = np.isfinite(height)
+    if not finite.any():
+        raise InputError(f"{files[-1]}: found infinite heights alone, expected finite ones")
+    codes, height = Codes(*(column[finite] for column in codes)), height[finite]
     key = np.empty(len(height), dtype="S32")
     for k in np.unique(codes.k):
         key[codes.k == k] = code_keys(unflatten(codes.P[codes.k == k], k))
     sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return Dataset(
-        *codes, height, key, np.zeros(len(height), bool), source=" + ".join(file.name for file in files), sha256=sha256
-    )
+    source, low = " + ".join(file.name for file in files), np.zeros(len(height), dtype=bool)
+    return Dataset(*codes, height, key, low, source=source, sha256=sha256, infinite=int((~finite).sum()))
 
 
 def heights_of(codes: Codes, path: Path) -> np.ndarray:
-    """The heights in a file, float64 (rows,). Raises InputError unless there is a finite one for each code."""
+    """The heights in a file, float64 (rows,). Raises InputError unless there is one for each code."""
     heights = read_heights(path)
     if len(heights) != len(codes.k):
         raise InputError(f"{path}: found {len(heights)} heights, expected one for each of {len(codes.k)} codes")
@@ -166,9 +170,9 @@ def check_labels(dataset: Dataset, rows_per_group: int = 100) -> None:
         exact = label(Codes(dataset.k[rows], dataset.m[rows], dataset.P[rows]), workers=1)
         wrong = ~(np.abs(np.log2(exact) - dataset.log2_height[rows]) <= LABEL_TOLERANCE)
         if wrong.any():
-            j = np.argmax(wrong)
+            j, of = np.argmax(wrong), " of finite height" if dataset.infinite else ""
             raise InputError(
-                f"{dataset.source}: row {rows[j]}: found height {dataset.height[rows[j]]:.10g}, expected "
+                f"{dataset.source}: row {rows[j]}{of}: found height {dataset.height[rows[j]]:.10g}, expected "
                 f"{exact[j]:.8g} ({wrong.sum()} of {len(rows)} rows checked there differ); --trust-labels goes on"
             )
 

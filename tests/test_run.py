@@ -90,8 +90,7 @@ def test_a_killed_run_goes_on(finished, metrics):
 
 def readme_snippet():
     """The Python of the README's section on prediction."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return code
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[-1]
 
 
 @pytest.fixture(scope="module")
