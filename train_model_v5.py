@@ -46,7 +46,7 @@ from data.prepare import load_dataset, read_baselines
 keras.config.set_floatx("float32")  # The user's keras.json may name another.
 GPUS = tf.config.list_physical_devices("GPU")
 HERE = Path(__file__).resolve().parent
-MODEL_FILE = "best_model_run5.h5"
+TRAINED = HERE / "run_5" / "best_model_run5.h5"  # The model that is used where none is named.
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -744,7 +744,7 @@ def write_results(results: dict, sets: dict[str, Dataset], checkpoint: Checkpoin
         (folder / "metrics.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         plot_history(results, folder / "training_history.png")
         plot_predictions(sets["test"], predicted["test"]["run5"].to_numpy(), folder / "predictions_scatter.png")
-        shutil.copy(best, folder / MODEL_FILE)
+        shutil.copy(best, folder / TRAINED.name)
     return report
 
 
@@ -777,7 +777,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, argpar
     instead.add_argument("--report", action="store_true", help="only renew the report, by data/baselines.csv as it is")
     instead.add_argument("--predict", type=Path, metavar="FILE", help="only write heights for the codes in this file")
     parser.add_argument("--heights", type=Path, metavar="FILE", help="with --predict: true heights, to print errors")
-    parser.add_argument("--model", type=Path, metavar="FILE", help="with --predict: another model than the output's")
+    parser.add_argument("--model", type=Path, metavar="FILE", help=f"with --predict (default: {TRAINED})")
     asked = parser.parse_args(argv)
     if not asked.predict and (asked.heights or asked.model):
         parser.error("--heights and --model: expected --predict FILE beside them")
@@ -790,7 +790,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel("ERROR")  # Keras warns at each checkpoint that h5 is an old format.
     settings, asked = parse_arguments(argv)
     if asked.predict:
-        return predict(asked.predict, asked.heights, asked.model or settings.output / MODEL_FILE, settings.output)
+        return predict(asked.predict, asked.heights, asked.model or TRAINED, settings.output)
     if asked.report:
         return renew_report(settings.output)
     return run(settings, asked.fresh, asked.trust_labels)

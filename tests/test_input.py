@@ -411,6 +411,13 @@ def test_predictions_are_the_models_in_the_order_of_the_input(tmp_path, course, 
     assert f"log2_mse {square.mean():.6f}, bound_log2_mse {bound.mean():.6f}" in out
 
 
+def test_the_model_of_the_repository_predicts_whatever_the_output_is(tmp_path, course, arrays, capsys):
+    assert run5.main([*map(str, ["--predict", course[0], "--heights", course[1], "--output", tmp_path / "out"])]) == 0
+    error, bound = re.search(r"log2_mse ([\d.]+), bound_log2_mse ([\d.]+)", capsys.readouterr().out).groups()
+    assert float(error) < 0.02 and float(error) < float(bound)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["DS-1-Training-n_k_m_P_predicted.pkl"]
+
+
 def test_prediction_refuses_what_it_cannot_do(tmp_path, course, model_file, capsys):
     def refused(*arguments):
         assert run5.main([*map(str, arguments), "--output", str(tmp_path / "out")]) == 2
@@ -419,7 +426,8 @@ def test_prediction_refuses_what_it_cannot_do(tmp_path, course, model_file, caps
         assert err.count("\n") == 1
         return err
 
-    assert "python train_model_v5.py makes one" in refused("--predict", course[0])
+    none = ("--model", tmp_path / "none.h5")
+    assert "python train_model_v5.py makes one" in refused("--predict", course[0], *none)
     (tmp_path / "torn.h5").write_bytes(model_file.read_bytes()[:100_000])
     assert "torn.h5: cannot be loaded" in refused("--predict", course[0], "--model", tmp_path / "torn.h5")
     import keras

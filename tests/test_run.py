@@ -275,7 +275,7 @@ def test_the_repository_holds_the_model_and_the_report_of_one_run(tmp_path):
     dataset = run5.load_dataset(*run5.Settings().data)
     assert metrics["settings"]["data"] == dataset.sha256
     val_set = dataset.take(run5.split_dataset(dataset, seed=metrics["settings"]["seed"])[1])
-    heights = run5.predict_all(run5.load_trained(ROOT / "run_5" / run5.MODEL_FILE), val_set)[:, 0].astype(float)
+    heights = run5.predict_all(run5.load_trained(run5.TRAINED), val_set)[:, 0].astype(float)
     errors = run5.group_errors(val_set, val_set.log2_height, pd.DataFrame({"run5": np.log2(heights)}))
     expected = pd.DataFrame(metrics["errors"]["validation"]).set_index(["k", "m"])
     np.testing.assert_allclose(errors["run5"], expected["run5"], rtol=0.01)
