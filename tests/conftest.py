@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 import sys
@@ -37,12 +38,17 @@ def run_script(*arguments, script="train_model_v5.py", cwd=None, **environment):
     )
 
 
-def write_dataset(path, rows_per_group=40, seed=1):
-    """A dataset of all nine groups at `path`; returns its arrays."""
+@functools.cache
+def made(rows_per_group, seed):
     from data.prepare import make_dataset
 
-    dataset = make_dataset(rows_per_group, seed)
-    arrays = {name: getattr(dataset, name) for name in ("k", "m", "P", "height")}
+    return make_dataset(rows_per_group, seed)
+
+
+def write_dataset(path, rows_per_group=40, seed=1):
+    """A dataset of all nine groups at `path`; returns its arrays."""
+    dataset = made(rows_per_group, seed)
+    arrays = {name: getattr(dataset, name).copy() for name in ("k", "m", "P", "height")}
     np.savez_compressed(path, **arrays)
     return arrays
 

@@ -60,16 +60,16 @@ def test_shipped_file_is_what_prepare_makes(tmp_path, shipped):
 
 def test_the_same_seed_makes_the_same_bytes(tmp_path):
     for name in ("one.npz", "two.npz"):
-        prepare.main(["--rows", "30", "--output", str(tmp_path / name)])
+        prepare.main(["--rows", "10", "--output", str(tmp_path / name)])
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "two.npz"]
 
 
 def test_another_seed_makes_another_dataset(small_npz):
-    again, other = prepare.make_dataset(40, seed=1), prepare.make_dataset(40, seed=2)
+    again, other = prepare.make_dataset(40, seed=1), prepare.make_dataset(10, seed=2)
     with np.load(small_npz) as file:
         assert all((file[name] == getattr(again, name)).all() for name in file.files)
-    assert (other.P != again.P).any()
+    assert (other.P[:10] != again.P[:10]).any()
 
 
 def test_random_matrices_are_as_described():
@@ -102,12 +102,12 @@ def test_a_search_lowers_heights_within_the_range_of_each_matrix():
 
 
 def test_low_matrices_are_of_three_kinds():
-    P = low_matrices(np.random.default_rng(0), 2000, 4, 3)
+    P = low_matrices(np.random.default_rng(0), 1000, 4, 3)
     spread = P.max(axis=(1, 2)) - P.min(axis=(1, 2))
     near = (spread <= 16) & (P.min(axis=(1, 2)) > 1)
     small = np.abs(P).max(axis=(1, 2)) <= 3
-    assert near.mean() == pytest.approx(LOW_KINDS["near-constant"], abs=0.02)
-    assert small.mean() == pytest.approx(LOW_KINDS["small"], abs=0.03)
+    assert near.mean() == pytest.approx(LOW_KINDS["near-constant"], abs=0.03)
+    assert small.mean() == pytest.approx(LOW_KINDS["small"], abs=0.04)
     assert np.abs(P).max() <= 100
     log2 = np.log2(m_heights(P, [3])[:, 0])
     usual = np.log2(m_heights(random_matrices(np.random.default_rng(1), 2000, 4, 5), [3])[:, 0])

@@ -1,5 +1,6 @@
 """The network as the design spells it out, its training configuration, the checkpoint, and the saved file."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -207,12 +208,19 @@ def test_an_epoch_with_extra_codes_takes_other_rows_each_time_none_twice_and_all
     np.testing.assert_allclose(taken, 1 / 3, atol=0.04)
 
 
+RAW = {"features": "raw", "extra_codes": 0, "test_codes": 10, "width": NARROW}
+
+
+@functools.cache
+def three_sets(dataset, seed):
+    return run5.three_sets(dataset, run5.Settings(**RAW, seed=seed))
+
+
 def trained(dataset, folder, **changes):
     """Train on raw P without extra codes, small; returns the checkpoint."""
-    settings = {"features": "raw", "extra_codes": 0, "test_codes": 10, "width": NARROW} | changes
-    settings = run5.Settings(**settings)
+    settings = run5.Settings(**RAW | changes)
     keras.utils.set_random_seed(settings.seed)
-    sets = run5.three_sets(dataset, settings)
+    sets = three_sets(dataset, settings.seed)
     model = run5.height_model(run5.build_network(sets["training"].features, settings), "raw")
     checkpoint = run5.Checkpoint(folder, {"seed": settings.seed, "data": dataset.sha256})
     run5.train(model, sets["training"], sets["validation"], settings, checkpoint)
@@ -320,8 +328,8 @@ def test_a_run_whose_folder_another_one_has_taken_ends_with_one_line(small, tmp_
     def others(path):
         files.write_checkpoint(path, {"run": {"seed": 7}}, [])
 
-    settings = run5.Settings(features="raw", extra_codes=0, test_codes=10, width=NARROW, epochs=3, batch_size=306)
-    sets = run5.three_sets(small, settings)
+    settings = run5.Settings(**RAW, epochs=3, batch_size=306)
+    sets = three_sets(small, settings.seed)
     model = run5.height_model(run5.build_network(sets["training"].features, settings), "raw")
     for change, problem in ((gone, "cannot be read"), (others, r"seed \(7 there, 42 now\)")):
         checkpoint = Taken(tmp_path, {"seed": 42})

@@ -204,8 +204,8 @@ def test_the_tables_of_the_report_have_the_figures(finished, metrics):
     means = dict(re.findall(r"^(easy|medium|hard|overall) +([\d.]+ +[\d.]+).* mean$", report, re.M))
     assert list(means) == ["easy", "medium", "hard", "overall"]
     assert [float(x) for x in means["overall"].split()] == pytest.approx([0.507, 0.531], abs=1e-3)
-    for name, start in (("validation", "val "), ("test", "test "), ("low codes", "low ")):
-        table = report[report.index(f"\n{start}") :]
+    for name, start in (("validation", "val  mean"), ("test", "test mean"), ("low codes", "low  mean")):
+        table = report[report.index(f"\n{start} ") :]
         for line, run in (("mean", "mean"), ("largest bound", "bound"), ("ridge", "ridge"), ("Run 5", "run5")):
             figures = re.search(rf"{line} +([\d. ]+)$", table, re.M)[1]
             figures = list(map(float, figures.split()))
