@@ -16,7 +16,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import combinations
@@ -38,7 +38,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from data import files, heights, prepare
-from data.checkpoints import BestModel, Checkpoint, load_trained
+from data.checkpoints import BestModel, Checkpoint, load_once, load_trained
+from data.command_line import OneLineParser, environment, processor, status_of_main, whole
 from data.files import InputError
 from data.heights import GROUPS, P_WIDTH, Codes, Dataset, N
 from data.prepare import load_dataset, read_baselines
@@ -79,12 +80,12 @@ class Settings:
     data: tuple[Path, ...] = setting((HERE / "data/augmented.npz",), "npz, or course pickles", type=Path, nargs="+")
     output: Path = setting(HERE / "run_5", "folder for the results", type=Path)
     features: str = setting("basis", "two numbers for each basis of the code, or raw P", choices=("basis", "raw"))
-    extra_codes: int = setting(4, "extra codes for each training row; an epoch stays as long", type=int)
-    test_codes: int = setting(2000, "codes of each (k, m) group in the test set", type=int)
+    extra_codes: int = setting(4, "extra codes for each training row; an epoch stays as long", type=whole(0, 1000))
+    test_codes: int = setting(2000, "codes of each (k, m) group in the test set", type=whole(10, 10**6))
     precision: str = setting("auto", "auto: bfloat16 where the CPU has it", choices=("auto", "float32", "bfloat16"))
-    epochs: int = setting(250, "maximum number; may differ when a run is resumed", type=int)
-    batch_size: int = setting(256, "rows in one optimizer step", type=int)
-    seed: int = setting(42, "of split, extra codes, initial weights, order of rows, dropout", type=int)
+    epochs: int = setting(250, "maximum number; may differ when a run is resumed", type=whole(1, 10**6))
+    batch_size: int = setting(256, "rows in one optimizer step", type=whole(1, 10**6))
+    seed: int = setting(42, "of split, extra codes, initial weights, order of rows, dropout", type=whole(0, 2**32 - 1))
     val_fraction: float = setting(0.15, "share of each (k, m) group in the validation set")
     width: float = setting(1.0, "factor on the units of every hidden layer")
     learning_rate: float = setting(1e-3, "AdamW's rate at the start")
@@ -97,14 +98,6 @@ class Settings:
     stop_patience: int = setting(40, "epochs without a lower val_loss before early stopping")
     stop_min_delta: float = setting(0.002, "how much lower val_loss must be for early stopping to count it")
     group_weights: dict[tuple[int, int], float] = setting(GROUP_WEIGHTS, "weight in the loss of rows of a (k, m) group")
-
-    def __post_init__(self) -> None:
-        if len(self.data) > 2:
-            raise InputError(f"--data: found {len(self.data)} paths, expected 1 or 2")
-        for name, least in {"epochs": 1, "batch_size": 1, "extra_codes": 0, "test_codes": 10, "seed": 0}.items():
-            most = 2**32 - 1 if name == "seed" else 10**6
-            if not least <= (found := getattr(self, name)) <= most:
-                raise InputError(f"--{name.replace('_', '-')}: found {found}, expected {least} to {most}")
 
 
 # --- dataset and split ----------------------------------------------------------------------------------------------
@@ -179,8 +172,7 @@ class BasisFeatures(layers.Layer):
     shape (batch, 252). Minors are float64 whatever the precision policy: they reach 2.4e9 while one of 1 can decide.
     """
 
-    BASES, LIMIT = 126, 6.0
-    WIDTH = 2 * BASES
+    BASES, WIDTH, LIMIT = 126, 252, 6.0
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs | {"dtype": "float64"})
@@ -296,8 +288,7 @@ def dense_block(x, units: float, dropout: float = 0.0):
 
 def residual_block(x, units: float, dropout: float):
     """Two dense blocks and the skip connection around them."""
-    inner = dense_block(x, units, dropout)
-    return layers.Add(dtype="float32")([dense_block(inner, units), x])
+    return layers.Add(dtype="float32")([dense_block(dense_block(x, units, dropout), units), x])
 
 
 def build_network(features: np.ndarray, settings: Settings) -> keras.Model:
@@ -385,7 +376,7 @@ class Batches(keras.utils.PyDataset):
 
 def precision_for(asked: str) -> str:
     """The precision that is asked for; for auto bfloat16 where the processor has it and there is no GPU."""
-    fast = {"avx512_bf16", "amx_bf16"} & set(prepare.processor()) and not GPUS
+    fast = {"avx512_bf16", "amx_bf16"} & set(processor()) and not GPUS
     return {"auto": "bfloat16" if fast else "float32"}.get(asked, asked)
 
 
@@ -549,7 +540,7 @@ sets            {sets}, made by data/prepare.py; no code is in two of them
 run             {epochs_run} epochs, ended by {ended}, best epoch {best_epoch} by val_loss
 training        seed {settings[seed]}, {settings[precision]}, {seconds:.0f} s
 dataset         {dataset[file]}, {dataset[rows]:,} rows, {dataset[duplicates]:,} of them duplicates
-left out        {dataset[infinite]:,} more rows of the dataset, whose height is infinite
+heights         {labels}; {dataset[infinite]:,} more rows left out, whose height is infinite
 sha256          {dataset[sha256]}
 versions        {packages}
 machine         {machine}, {times[finished]}
@@ -570,6 +561,7 @@ def write_report(results: dict, folder: Path, baselines: Path = prepare.BASELINE
         "same_split": same_split_text(errors, measured),
         "runs": about,
         "sets": ", ".join(f"{name} {n:,} rows" for name, n in pd.DataFrame(results["sets"]).sum()[2:].items()),
+        "labels": results["dataset"].get("labels", "as in the file"),
         "packages": ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
     }
     lines = REPORT.format(**results | text, seconds=results["times"]["training_seconds"]).splitlines()
@@ -658,10 +650,10 @@ def plot_comparison(published: pd.DataFrame, test: pd.DataFrame, measured: pd.Da
 # --- prediction -----------------------------------------------------------------------------------------------------
 
 
-def predict(inputs: Path, labels: Path | None, model: Path, output: Path) -> int:
+def predict(inputs: Path, labels: Path | None, check: str, model: Path, output: Path) -> int:
     """Write the model's heights for the codes of a file, in their order; with true heights print each group's error."""
     codes = files.read_codes(inputs)
-    true = None if labels is None else prepare.heights_of(codes, labels)
+    true = None if labels is None else prepare.true_heights(codes, labels, check)[0]
     predicted = predict_all(load_trained(model), codes)[:, 0].astype(float)
     output.mkdir(parents=True, exist_ok=True)
     written = output / f"{inputs.stem}_predicted{'.csv' if inputs.suffix == '.npz' else '.pkl'}"
@@ -677,15 +669,23 @@ def predict(inputs: Path, labels: Path | None, model: Path, output: Path) -> int
     return 0
 
 
+def inference(n: int, k: int, m: int, p_list: Iterable, model: Path = TRAINED) -> list[float]:
+    """The m-heights that a trained model predicts for matrices P, called as the course's evaluator calls it.
+
+    p_list: arrays or nested lists of shape (k, n - k). Raises InputError, which is a ValueError, where n is not N,
+    (k, m) not one of GROUPS, or a matrix has another shape or an entry that is not finite.
+    """
+    rows = [[n, k, m, P] for P in p_list]
+    return predict_all(load_once(model), files.codes_from_rows("p_list", rows))[:, 0].tolist() if rows else []
+
+
 # --- main -----------------------------------------------------------------------------------------------------------
 
 
-def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> int:
-    """Load, split, train, report. Returns the exit status."""
+def run(settings: Settings, fresh: bool = False, labels: str = "check") -> int:
+    """Load (labels: see true_heights), split, train, report. Returns the exit status."""
     settings = replace(settings, precision=precision_for(settings.precision))
-    dataset = load_dataset(*settings.data)
-    if not trust_labels:
-        prepare.check_labels(dataset)
+    dataset = load_dataset(*settings.data, labels=labels)
     read_baselines(dataset.sha256, settings.seed)  # Raises before training, not after it.
     work = settings.output / "unfinished"
     if fresh:
@@ -693,7 +693,6 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
     weights = {f"k={k},m={m}": weight for (k, m), weight in settings.group_weights.items()}
     same = asdict(settings) | {"group_weights": weights, "data": dataset.sha256, "keras": keras.__version__}
     checkpoint = Checkpoint(work, {name: x for name, x in same.items() if name not in ("output", "epochs")})
-    work.mkdir(parents=True, exist_ok=True)
     sets = three_sets(dataset, settings)
     rows = describe_sets(sets)
     print(f"{dataset.source}: {len(dataset):,} rows, {dataset.infinite:,} infinite ones left out\n{rows}", flush=True)
@@ -710,9 +709,8 @@ def run(settings: Settings, fresh: bool = False, trust_labels: bool = False) -> 
     }
     train(model, sets["training"], sets["validation"], settings, checkpoint)
     if checkpoint.diverged:
-        hint = "look for extreme heights in the dataset, try another --seed (with --fresh) or a smaller learning_rate"
-        problem = f"the loss became NaN or infinite in epoch {len(checkpoint.history) + 1}: {hint}"
-        print(f"{problem}; {work} keeps the best model, if there is one", file=sys.stderr)
+        problem = f"the loss became NaN or infinite in epoch {len(checkpoint.history) + 1}; {work} keeps the best model"
+        print(f"{problem}; try another --seed, or look for extreme heights in the dataset", file=sys.stderr)
         return 1
     report = write_results(results, sets, checkpoint, settings.output)
     shutil.rmtree(work)
@@ -736,7 +734,7 @@ def write_results(results: dict, sets: dict[str, Dataset], checkpoint: Checkpoin
         "best_epoch": 1 + int(np.argmin([row["val_loss"] for row in checkpoint.history])),
         "errors": {name: table.loc[list(GROUPS)].reset_index().to_dict("records") for name, table in errors.items()},
         "history": checkpoint.history,
-        **prepare.environment(),
+        **environment(),
         "times": {"training_seconds": round(checkpoint.seconds, 1), "finished": time.strftime("%Y-%m-%d %H:%M:%S")},
     }
     with files.staged(best.parent, output) as folder:
@@ -761,10 +759,9 @@ def renew_report(output: Path) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, argparse.Namespace]:
-    """The settings, and what is asked for beside them: fresh, trust_labels, report, predict, heights, model."""
-    about = "Train the Run 5 model and compare it with Run 2 and Run 4, or predict with it."
+    """The settings, and what is asked for beside them: fresh, labels, report, predict, heights, model."""
     example = "example: python train_model_v5.py --data DS-1-n_k_m_P.pkl DS-1-mHeights.pkl --output run_ds1"
-    parser = prepare.OneLineParser(description=about, epilog=example)
+    parser = OneLineParser(description=__doc__.splitlines()[0], epilog=example)
     options = [option for option in fields(Settings) if option.metadata["option"]]
     for option in options:
         name, default = f"--{option.name.replace('_', '-')}", option.default_factory()
@@ -772,7 +769,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, argpar
         text = f"{option.metadata['help']} (default: {shown})"
         parser.add_argument(name, default=default, help=text, **option.metadata["option"])
     parser.add_argument("--fresh", action="store_true", help="drop an unfinished run and start again")
-    parser.add_argument("--trust-labels", action="store_true", help="do not compare heights with the exact ones")
+    labels = parser.add_mutually_exclusive_group()
+    kept = {"dest": "labels", "action": "store_const", "default": "check"}
+    labels.add_argument("--trust-labels", const="trust", help="do not compare heights with exact ones", **kept)
+    labels.add_argument("--relabel", const="relabel", help="take exact heights in place of the file's", **kept)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--report", action="store_true", help="only renew the report, by data/baselines.csv as it is")
     instead.add_argument("--predict", type=Path, metavar="FILE", help="only write heights for the codes in this file")
@@ -784,16 +784,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, argpar
     return Settings(**{option.name: getattr(asked, option.name) for option in options}), asked
 
 
-@prepare.status_of_main
+@status_of_main
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 for a NaN or infinite loss, 2 for input that cannot be used, 130 for Ctrl-C."""
     logging.getLogger("absl").setLevel("ERROR")  # Keras warns at each checkpoint that h5 is an old format.
     settings, asked = parse_arguments(argv)
     if asked.predict:
-        return predict(asked.predict, asked.heights, asked.model or TRAINED, settings.output)
+        return predict(asked.predict, asked.heights, asked.labels, asked.model or TRAINED, settings.output)
     if asked.report:
         return renew_report(settings.output)
-    return run(settings, asked.fresh, asked.trust_labels)
+    return run(settings, asked.fresh, asked.labels)
 
 
 if __name__ == "__main__":

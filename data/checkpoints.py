@@ -3,6 +3,7 @@
 import math
 import time
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import keras
@@ -44,6 +45,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.history, self.states, self.seconds, self.early_stop, self.diverged = [], [], 0.0, False, False
         if self.path.exists():
             vars(self).update(files.read_checkpoint(self.path, run)[0])
+        folder.mkdir(parents=True, exist_ok=True)
 
     def variables(self) -> list:
         return [*self.model.variables, *self.model.optimizer.variables]
@@ -94,3 +96,7 @@ def load_trained(path: Path) -> keras.Model:
     if names != ["n", "k", "m", "P_matrix"]:
         raise InputError(f"{path}: takes {', '.join(names)}, expected a model that takes n, k, m, P_matrix")
     return model
+
+
+# For one prediction after the other. A file that has changed since is not read again.
+load_once = lru_cache(load_trained)

@@ -9,13 +9,14 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 
-from data.heights import GROUPS, P_WIDTH, REAL_ENTRY_MAX, REAL_ENTRY_MIN, Codes, N, flatten
+from data.heights import GROUPS, LONGEST, P_WIDTH, REAL_ENTRY_MAX, REAL_ENTRY_MIN, Codes, N
 from data.pickles import CONVERT, Array, PlainUnpickler
 
 # How every npz file begins.
@@ -60,20 +61,20 @@ def _read_bytes(path: Path | str) -> bytes:
     return content
 
 
-def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> list[np.ndarray]:
-    """The named arrays, all of numbers, all of the first one's length."""
+def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named arrays, and n if the file has it, all of numbers, all of the first one's length."""
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            held = file.files
-            arrays = [file[name] for name in names if name in held]
+            arrays = {name: file[name] for name in (*names, "n") if name in file.files}
     except Exception as error:
         # NumPy and zipfile raise many kinds for a torn file.
         raise InputError(f"{path}: cannot be read as npz: {one_line(error)}") from None
-    if missing := [name for name in names if name not in held]:
+    if missing := [name for name in names if name not in arrays]:
         raise InputError(f"{path}: has no array {missing[0]}, expected arrays {', '.join(names)}")
-    rows = arrays[0].size
-    for name, array in zip(names, arrays, strict=True):
-        shape = (rows, P_WIDTH) if name == "P" else (rows,)
+    rows = arrays[names[0]].size
+    for name, array in arrays.items():
+        width = array.shape[1] if "n" in arrays and array.ndim == 2 else P_WIDTH
+        shape = (rows, width) if name == "P" else (rows,)
         if array.shape != shape:
             raise InputError(f"{path}: array {name} has shape {array.shape}, expected {shape}")
         if array.dtype.kind not in "iuf":
@@ -81,38 +82,69 @@ def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> list[np.ndarr
     return arrays
 
 
-def _codes_from_course(path: Path, rows) -> Codes:
-    """Codes from the course's list of [n, k, m, P]; P an array or nested lists of shape (k, n - k), or flat."""
-    if not isinstance(rows, list | tuple):
-        raise InputError(f"{path}: holds {_name(rows)}, expected a list of [n, k, m, P]")
-    parts = []
+def _check_numbers(where: str, n, k, m, trained: bool) -> None:
+    """Raise InputError unless these are integers that a code can have; trained: that are among the trained groups."""
+    for name, value in zip("nkm", (n, k, m), strict=True):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise InputError(f"{where}: found {name} = {_name(value)}, expected an integer")
+    if trained and n != N:
+        hint = f"expected {N}, the only length that is trained (data/prepare.py --label takes n up to {LONGEST})"
+        raise InputError(f"{where}: found n = {_name(n)}, {hint}")
+    if trained and (k, m) not in GROUPS:
+        raise InputError(f"{where}: found (k, m) = ({_name(k)}, {_name(m)}), expected one of the nine groups")
+    if not (n <= LONGEST and 1 <= k < n and 1 <= m <= n - k):
+        numbers = ", ".join(map(_name, (n, k, m)))
+        expected = f"expected n up to {LONGEST}, k from 1 to n - 1 and m from 1 to n - k"
+        raise InputError(f"{where}: found (n, k, m) = ({numbers}), {expected}")
+
+
+def codes_from_rows(source: Path | str, rows: Sequence, trained: bool = True) -> Codes:
+    """Codes from the course's list of [n, k, m, P]; P an array or nested lists of shape (k, n - k), or flat.
+
+    trained: whether n and (k, m) have to be those that networks are trained on. Raises InputError, with `source` and
+    the row (from 0), for anything else, and for entries that are not finite or out of range.
+    """
+    flat, numbers = [], np.zeros((len(rows), 3), dtype=np.int64)
     for i, row in enumerate(rows):
-        where = f"{path}: row {i}"
+        where = f"{source}: row {i}"
         if not isinstance(row, list | tuple) or len(row) != 4:
             raise InputError(f"{where}: found {_name(row)}, expected [n, k, m, P]")
-        for name, value in zip("nkm", row, strict=False):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise InputError(f"{where}: found {name} = {_name(value)}, expected an integer")
         n, k, m, P = row
-        if n != N:
-            raise InputError(f"{where}: found n = {_name(n)}, expected {N}")
-        if (k, m) not in GROUPS:
-            raise InputError(f"{where}: found (k, m) = ({_name(k)}, {_name(m)}), expected one of the nine groups")
+        _check_numbers(where, n, k, m, trained)
+        numbers[i] = n, k, m
         matrix = _array(P)
-        if matrix is None or matrix.shape not in ((k, N - k), (k * (N - k),)):
-            raise InputError(f"{where}: found P = {_name(P)}, expected an array of numbers of shape {(k, N - k)}")
-        parts.append((k, m, flatten(matrix.reshape(1, -1).astype(np.float64))[0]))
-    k, m, P = zip(*parts, strict=True) if parts else ((), (), ())
-    return Codes(np.array(k, dtype=np.int64), np.array(m, dtype=np.int64), np.array(P).reshape(-1, P_WIDTH))
+        if matrix is None or matrix.shape not in ((k, n - k), (k * (n - k),)):
+            raise InputError(f"{where}: found P = {_name(P)}, expected an array of numbers of shape {(k, n - k)}")
+        flat.append(matrix.ravel())
+    P = np.zeros((len(rows), max([P_WIDTH, *map(len, flat)])))
+    for padded, entries in zip(P, flat, strict=True):
+        padded[: len(entries)] = entries
+    return _checked(source, Codes(*numbers.T, P))
+
+
+def _checked(source: Path | str, codes: Codes) -> Codes:
+    """The codes, if the entries of P are finite, in range, and zero where they are padded. Else raises InputError."""
+    if not len(codes.P):
+        raise InputError(f"{source}: found no rows, expected codes")
+    size, entries = np.abs(codes.P), codes.k * (codes.n - codes.k)
+    _refuse_first(source, np.isfinite(size).all(axis=1), lambda i: "NaN or inf in P, expected finite entries")
+    sized = ((size == 0) | (size >= REAL_ENTRY_MIN) & (size <= REAL_ENTRY_MAX)).all(axis=1)
+    limits = f"expected 0 or {REAL_ENTRY_MIN:g} to {REAL_ENTRY_MAX:g} in size"
+    _refuse_first(source, sized, lambda i: f"an entry of P out of range, {limits}")
+    padded = (size == 0).all(axis=1, where=np.arange(size.shape[1]) >= entries[:, None])
+    _refuse_first(source, padded, lambda i: f"more than k * (n - k) = {entries[i]} entries in P")
+    return codes
 
 
 def _array(value, depth: int = 2) -> np.ndarray | None:
     """An array of numbers, or lists of them nested to this depth, as an array; None for anything else."""
-    if isinstance(value, Array):
-        return value.array
+    value = value.array if isinstance(value, Array) else value
+    if hasattr(value, "__array__"):
+        array = np.asarray(value)
+        return array if array.dtype.kind in "iuf" else None
     if not isinstance(value, list | tuple) or depth == 0:
         return None
-    rows = [_array(row, depth - 1) if isinstance(row, list | tuple | Array) else row for row in value]
+    rows = [row if isinstance(row, int | float | str) else _array(row, depth - 1) for row in value]
     if any(row is None or isinstance(row, bool | str) for row in rows):
         return None
     try:
@@ -134,30 +166,29 @@ def _name(value) -> str:
     return f"a value of type {type(value).__name__.strip('_').lower()}"
 
 
-def read_codes(path: Path | str) -> Codes:
-    """Codes from an npz file with k, m, P or from a pickle in the course's format, a list of [n, k, m, P].
+def read_codes(path: Path | str, trained: bool = True) -> Codes:
+    """Codes from an npz file with k, m, P, and n where it is not N, or from a pickled list of [n, k, m, P].
 
-    Raises InputError, with the row (from 0) where there is one: the file cannot be read or holds something else, n is
-    not N, (k, m) is none of GROUPS, P has another shape, is not finite, out of range or not zero where it is padded.
+    trained: whether n and (k, m) have to be those that networks are trained on. Raises InputError, with the row (from
+    0) where there is one: the file cannot be read or holds something else, n, k or m is not as asked, P has another
+    shape, is not finite, out of range or not zero where it is padded.
     """
     path, content = Path(path), _read_bytes(path)
-    if content.startswith(ZIP):
-        k, m, P = (array.astype(np.float64) for array in _read_npz(path, content, ("k", "m", "P")))
-    else:
-        k, m, P = _codes_from_course(path, _read_pickle(path, content))
-    if not len(k):
-        raise InputError(f"{path}: found no rows, expected codes")
-
-    size = np.abs(P)
-    known = np.any([(k == group[0]) & (m == group[1]) for group in GROUPS], axis=0)
-    _refuse_first(path, known, lambda i: f"(k, m) = ({k[i]:g}, {m[i]:g}), expected one of the nine groups")
-    _refuse_first(path, np.isfinite(P).all(axis=1), lambda i: "NaN or inf in P, expected finite entries")
-    sized = ((size == 0) | (size >= REAL_ENTRY_MIN) & (size <= REAL_ENTRY_MAX)).all(axis=1)
-    limits = f"expected 0 or {REAL_ENTRY_MIN:g} to {REAL_ENTRY_MAX:g} in size"
-    _refuse_first(path, sized, lambda i: f"an entry of P out of range, {limits}")
-    padded = (P == 0).all(axis=1, where=np.arange(P_WIDTH) >= (k * (N - k))[:, None])
-    _refuse_first(path, padded, lambda i: f"more than k * (n - k) = {k[i] * (N - k[i]):g} entries in P")
-    return Codes(k.astype(np.int64), m.astype(np.int64), P)
+    if not content.startswith(ZIP):
+        rows = _read_pickle(path, content)
+        if not isinstance(rows, list | tuple):
+            raise InputError(f"{path}: holds {_name(rows)}, expected a list of [n, k, m, P]")
+        return codes_from_rows(path, rows, trained)
+    arrays = {"n": None} | _read_npz(path, content, ("k", "m", "P"))
+    k, m, P = (arrays[name] for name in ("k", "m", "P"))
+    n = np.full(len(k), N) if arrays["n"] is None else arrays["n"]
+    for i, row in enumerate(zip(n.tolist(), k.tolist(), m.tolist(), strict=True)):
+        whole = [int(x) if isinstance(x, float) and x.is_integer() else x for x in row]
+        _check_numbers(f"{path}: row {i}", *whole, trained)
+    n, k, m = (x.astype(np.int64) for x in (n, k, m))
+    enough = k * (n - k) <= P.shape[1]
+    _refuse_first(path, enough, lambda i: f"{P.shape[1]} entries in P, expected k * (n - k) = {k[i] * (n[i] - k[i])}")
+    return _checked(path, Codes(n, k, m, P.astype(np.float64)))
 
 
 def read_heights(path: Path | str) -> np.ndarray:
@@ -168,7 +199,7 @@ def read_heights(path: Path | str) -> np.ndarray:
     """
     path, content = Path(path), _read_bytes(path)
     if content.startswith(ZIP):
-        values = _read_npz(path, content, ("height",))[0].tolist()
+        values = _read_npz(path, content, ("height",))["height"].tolist()
     elif path.suffix == ".csv":
         values = _height_column(path, content)
     else:
@@ -273,12 +304,14 @@ def write_checkpoint(path: Path, kept: dict, arrays: Sequence[np.ndarray]) -> No
 def write_heights(path: Path, codes: Codes, heights: np.ndarray) -> None:
     """Heights in the order of the codes, by the suffix of `path`.
 
-    .csv: a table row, n, k, m, height; .npz: the dataset (k, m, P, height); anything else: a pickled list of floats.
+    .csv: a table row, n, k, m, height; .npz: a dataset (k, m, P, height, and n unless all are N); anything else: a
+    pickled list of floats.
     """
     if path.suffix == ".npz":
-        write_npz(path, np.savez_compressed, **codes._asdict(), height=heights)
+        n = {} if (codes.n == N).all() else {"n": codes.n}
+        write_npz(path, np.savez_compressed, **n, k=codes.k, m=codes.m, P=codes.P, height=heights)
     elif path.suffix == ".csv":
-        table = pd.DataFrame({"n": N, "k": codes.k, "m": codes.m, "height": heights})
+        table = pd.DataFrame({"n": codes.n, "k": codes.k, "m": codes.m, "height": heights})
         write_whole(path, table.to_csv(index_label="row", lineterminator="\n"))
     else:
         write_whole(path, pickle.dumps(heights.tolist()))

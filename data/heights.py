@@ -26,10 +26,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-# The codes of the project: their length n, their (k, m) groups, and the entries of the largest P.
+# The codes that networks are trained on: their length n, their (k, m) groups, and the entries of the largest P.
 N = 9
 GROUPS = ((4, 2), (4, 3), (4, 4), (4, 5), (5, 2), (5, 3), (5, 4), (6, 2), (6, 3))
 P_WIDTH = 20
+# Codes in files can be labelled up to this length.
+LONGEST = 12
 
 # Matrices handled in one go: few enough that the tables of one chunk stay in a core's own cache.
 CHUNK = 128
@@ -245,8 +247,10 @@ def m_heights(P: np.ndarray, ms: Sequence[int]) -> np.ndarray:
 
 
 class Codes(NamedTuple):
-    """Codes of length N, row by row. k, m: int64 (rows,); P: float64 (rows, P_WIDTH) as `flatten` lays it out."""
+    """Codes, row by row. n, k, m: int64 (rows,); P: float64 (rows, width), the entries of each P row-major, padded with
+    zeros. The width is P_WIDTH unless a P is larger."""
 
+    n: np.ndarray
     k: np.ndarray
     m: np.ndarray
     P: np.ndarray
@@ -262,7 +266,7 @@ class Dataset:
     k, m: int64 (rows,); P: numbers (rows, P_WIDTH) as `flatten` lays it out; height: float64 (rows,); key: (rows,), of
     code_keys, equal for equivalent codes; low: bool (rows,), made to have a small height, False where that is not
     known; features: what a network is fed for P, float32 (rows, width), or None; infinite: rows of the file that were
-    left out, since their height is infinite.
+    left out, since their height is infinite; labels: in words, where the heights are from. All codes have length N.
     """
 
     k: np.ndarray
@@ -275,6 +279,7 @@ class Dataset:
     source: str = ""
     sha256: str = ""
     infinite: int = 0
+    labels: str = ""
 
     def __len__(self) -> int:
         return len(self.height)
@@ -292,7 +297,7 @@ class Dataset:
     def describe(self) -> dict:
         """File, hash and rows; duplicates are rows whose code and m an earlier row has too."""
         duplicates = int(pd.DataFrame({"key": self.key, "m": self.m}).duplicated().sum())
-        counts = {"rows": len(self), "duplicates": duplicates, "infinite": self.infinite}
+        counts = {"rows": len(self), "duplicates": duplicates, "infinite": self.infinite, "labels": self.labels}
         return {"file": self.source, "sha256": self.sha256, **counts}
 
     def take(self, rows: np.ndarray) -> "Dataset":
@@ -312,9 +317,9 @@ def flatten(P: np.ndarray) -> np.ndarray:
     return np.pad(flat, ((0, 0), (0, P_WIDTH - flat.shape[1])))
 
 
-def unflatten(flat: np.ndarray, k: int) -> np.ndarray:
-    """The matrices P, shape (batch, k, N - k), from rows of P_WIDTH numbers."""
-    return flat[:, : k * (N - k)].reshape(len(flat), k, N - k)
+def unflatten(flat: np.ndarray, k: int, n: int = N) -> np.ndarray:
+    """The matrices P, shape (batch, k, n - k), from rows of numbers padded with zeros."""
+    return flat[:, : k * (n - k)].reshape(len(flat), k, n - k)
 
 
 def code_keys(P: np.ndarray) -> np.ndarray:

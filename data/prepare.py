@@ -3,31 +3,25 @@
     python data/prepare.py                                    makes the dataset
     python data/prepare.py --label INPUTS --output HEIGHTS    labels the codes of a file
 
-Reading a dataset and the command line of the three scripts are here, too.
+Reading a dataset, with a check of its heights, is here, too.
 """
 
 import argparse
 import hashlib
-import inspect
-import os
-import platform
-import re
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from functools import wraps
-from importlib.metadata import version
-from multiprocessing import get_context
+from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
+import joblib
 import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.command_line import OneLineParser, status_of_main, whole
 from data.files import InputError, one_line, read_codes, read_heights, write_heights
 from data.heights import GROUPS, Codes, Dataset, N, code_keys, flatten, m_heights, minors, unflatten
 from data.matrices import low_matrices, random_matrices
@@ -43,94 +37,73 @@ BASELINES = Path(__file__).with_name("baselines.csv")
 # Heights that agree to this much in log2 are the same: files may have been labelled by a numerical solver.
 LABEL_TOLERANCE = 1e-4
 
-# Rows that one process labels in one go when a file is labelled.
-LABEL_BLOCK = 20_000
+# Rows of each group that are labelled to check the heights in a file.
+CHECKED_ROWS = 100
 
-
-# --- command lines --------------------------------------------------------------------------------------------------
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with the options in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def status_of_main(main: Callable[..., int]) -> Callable[..., int]:
-    """Decorates a script's main. What it cannot use or write ends it with one line on stderr and exit status 2, Ctrl-C
-    with 130, as shells have it."""
-    script = Path(inspect.getfile(main)).name
-
-    @wraps(main)
-    def guarded(argv: Sequence[str] | None = None) -> int:
-        status = 2
-        try:
-            return main(argv)
-        except InputError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        except MemoryError as error:
-            problem = f"too little memory ({error})"
-        except KeyboardInterrupt:
-            status, problem = 130, "interrupted; an unfinished training run is resumed by the same command"
-        print(f"{script}: {' '.join(problem.split())}", file=sys.stderr)
-        return status
-
-    return guarded
-
-
-def processor() -> list[str]:
-    """Its name and what it has for matrix products, as Linux tells them; nothing elsewhere."""
-    file = Path("/proc/cpuinfo")
-    text = file.read_text() if file.exists() else ""
-    name, has = re.findall(r"^model name\s*: (.+)", text, re.M), r"\b(?:avx2|avx512f|avx512_bf16|amx_bf16)\b"
-    return name[:1] + sorted(set(re.findall(has, text)))
-
-
-def environment() -> dict:
-    """Versions and machine, for a report."""
-    packages = ("keras", "tensorflow", "numpy", "scikit-learn", "pandas")
-    versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
-    machine = [platform.system(), platform.machine(), f"{os.cpu_count()} cores", *processor()]
-    return {"versions": versions, "machine": ", ".join(machine)}
+# What one process labels in one go, as `label` counts work: a fraction of a second.
+LABEL_BLOCK = 3 * 10**7
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def load_dataset(path: Path | str, heights: Path | str | None = None) -> Dataset:
+def load_dataset(*paths: Path | str, labels: str = "check") -> Dataset:
     """Read a dataset: one npz file, codes and heights in the course's format, or the folder that holds these two.
 
-    Rows of infinite height are left out and counted. Raises InputError, with the row (from 0) where there is one, when
-    a file is missing or malformed, codes and heights are not equally many, (k, m) is none of the nine groups, P is not
-    finite, or a height is below 1, and when all are infinite.
+    labels: see true_heights. Rows of infinite height are left out and counted. Raises InputError, with the row (from 0)
+    where there is one, when a file is missing or malformed, codes and heights are not equally many, (k, m) is none of
+    the nine groups, P is not finite, or a height is below 1 or found to be wrong, and when all are infinite.
     """
-    path = Path(path)
-    if path.is_dir():
-        path, heights = find_course_files(path)
-    codes = read_codes(path)
-    files = [path] if heights is None else [path, Path(heights)]
-    height = heights_of(codes, files[-1])
+    files = [Path(path) for path in paths]
+    if len(files) not in (1, 2):
+        raise InputError(f"found {len(files)} paths to a dataset, expected 1 or 2")
+    if files[0].is_dir():
+        files = find_course_files(files[0])
+    codes = read_codes(files[0])
+    height, remark = true_heights(codes, files[-1], labels)
     finite = np.isfinite(height)
     if not finite.any():
         raise InputError(f"{files[-1]}: found infinite heights alone, expected finite ones")
-    codes, height = Codes(*(column[finite] for column in codes)), height[finite]
+    k, m, P, height = (column[finite] for column in (*codes[1:], height))
     key = np.empty(len(height), dtype="S32")
-    for k in np.unique(codes.k):
-        key[codes.k == k] = code_keys(unflatten(codes.P[codes.k == k], k))
+    for dimension in np.unique(k):
+        key[k == dimension] = code_keys(unflatten(P[k == dimension], dimension))
     sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    source, low = " + ".join(file.name for file in files), np.zeros(len(height), dtype=bool)
-    return Dataset(*codes, height, key, low, source=source, sha256=sha256, infinite=int((~finite).sum()))
+    about = {"source": " + ".join(file.name for file in files), "infinite": int((~finite).sum()), "labels": remark}
+    about["sha256"] = sha256 + (" relabelled" if labels == "relabel" else "")
+    return Dataset(k, m, P, height, key, np.zeros(len(height), dtype=bool), **about)
 
 
-def heights_of(codes: Codes, path: Path) -> np.ndarray:
-    """The heights in a file, float64 (rows,). Raises InputError unless there is one for each code."""
+def true_heights(codes: Codes, path: Path, labels: str = "check") -> tuple[np.ndarray, str]:
+    """The heights of the codes, float64 (rows,), by a file, and in words where they are from.
+
+    labels: "check" compares some rows of each group with exact heights, "trust" does not, and "relabel" takes exact
+    heights for all rows in place of the file's. Raises InputError unless the file has a height for each code, and for a
+    checked row that has another height.
+    """
     heights = read_heights(path)
     if len(heights) != len(codes.k):
         raise InputError(f"{path}: found {len(heights)} heights, expected one for each of {len(codes.k)} codes")
-    return heights
+    if labels == "trust":
+        return heights, "as in the file, not checked (--trust-labels)"
+    rows = np.arange(len(heights))
+    if labels == "check":
+        rng = np.random.default_rng(0)
+        order = pd.DataFrame({"k": codes.k, "m": codes.m}).loc[rng.permutation(rows)]
+        rows = np.sort(order.groupby(["k", "m"]).head(CHECKED_ROWS).index)
+    exact = label(Codes(*(column[rows] for column in codes)))
+    with np.errstate(invalid="ignore"):  # Two infinite heights are equal; their difference is NaN.
+        same = (exact == heights[rows]) | (np.abs(np.log2(exact) - np.log2(heights[rows])) <= LABEL_TOLERANCE)
+    wrong = f"{(~same).sum():,} of {len(rows):,}"
+    if labels == "relabel":
+        print(f"{path}: {wrong} heights were not the exact ones, which are taken instead", flush=True)
+        return exact, f"exact ones in place of the file's (--relabel), where {wrong} differed"
+    if not same.all():
+        first = np.argmin(same)
+        found = f"found height {heights[rows[first]]:.10g}, expected {exact[first]:.8g} ({wrong} rows checked differ)"
+        way_on = "--relabel takes exact heights instead, --trust-labels goes on with these"
+        raise InputError(f"{path}: row {rows[first]}: {found}; {way_on}")
+    return heights, f"as in the file, {len(rows):,} of them checked"
 
 
 def find_course_files(folder: Path) -> tuple[Path, Path]:
@@ -161,51 +134,36 @@ def read_baselines(sha256: str, seed: int, path: Path = BASELINES) -> tuple[pd.D
         raise InputError(f"{path}: {expected} ({one_line(error)})") from None
 
 
-def check_labels(dataset: Dataset, rows_per_group: int = 100) -> None:
-    """Label a sample of each group exactly. Raises InputError for a row whose height is another one."""
-    rng = np.random.default_rng(0)
-    for i in range(len(GROUPS)):
-        rows = np.flatnonzero(dataset.group == i)
-        rows = np.sort(rng.choice(rows, min(rows_per_group, len(rows)), replace=False))
-        exact = label(Codes(dataset.k[rows], dataset.m[rows], dataset.P[rows]), workers=1)
-        wrong = ~(np.abs(np.log2(exact) - dataset.log2_height[rows]) <= LABEL_TOLERANCE)
-        if wrong.any():
-            j, of = np.argmax(wrong), " of finite height" if dataset.infinite else ""
-            raise InputError(
-                f"{dataset.source}: row {rows[j]}{of}: found height {dataset.height[rows[j]]:.10g}, expected "
-                f"{exact[j]:.8g} ({wrong.sum()} of {len(rows)} rows checked there differ); --trust-labels goes on"
-            )
-
-
 # --- labels of a file -----------------------------------------------------------------------------------------------
 
 
-def _label_block(k: int, m: int, flat: np.ndarray) -> np.ndarray:
-    return m_heights(unflatten(flat, k), [m])[:, 0]
+def _label_block(n: int, k: int, m: int, flat: np.ndarray) -> np.ndarray:
+    return m_heights(unflatten(flat, k, n), [m])[:, 0]
 
 
-def label(codes: Codes, progress=None, workers: int | None = None) -> np.ndarray:
-    """The exact height of each row, float64 (rows,), inf where it is infinite; on all cores where there is much to do.
+def label(codes: Codes, progress: Callable[[int, float], None] | None = None) -> np.ndarray:
+    """The exact height of each row, float64 (rows,), inf where it is infinite.
 
-    progress(done) is called with the number of rows done. workers: processes to use, by default one for each core.
+    Works on all cores that this process may use if there is work for seconds. progress is called now and then with the
+    number of rows that are labelled and their share of the work.
     """
-    blocks = []
-    for k, m in GROUPS:
-        rows = np.flatnonzero((codes.k == k) & (codes.m == m))
-        blocks += [(k, m, rows[i : i + LABEL_BLOCK]) for i in range(0, len(rows), LABEL_BLOCK)]
-    heights = np.empty(len(codes.k))
-    workers = workers or os.cpu_count() or 1
-    done = 0
-    with ExitStack() as stack:
-        apply = map
-        if workers > 1 and len(codes.k) > 2 * LABEL_BLOCK:
-            apply = stack.enter_context(ProcessPoolExecutor(workers, get_context("spawn"))).map
-        ks, ms, rows_of = zip(*blocks, strict=True)
-        for rows, block in zip(rows_of, apply(_label_block, ks, ms, [codes.P[rows] for rows in rows_of]), strict=True):
-            heights[rows] = block
-            done += len(rows)
-            if progress:
-                progress(done)
+    table = pd.DataFrame({"n": codes.n, "k": codes.k, "m": codes.m})
+    blocks, work = [], []
+    for (n, k, m), rows in table.groupby(["n", "k", "m"]).indices.items():
+        # The entries of all tables that m_heights makes for one code.
+        entries = sum(math.comb(n, size) * (n - size) for size in range(k, n - m + 1))
+        for part in np.array_split(rows, math.ceil(len(rows) * entries / LABEL_BLOCK)):
+            blocks.append((n, k, m, part))
+            work.append(entries * len(part))
+    workers = joblib.cpu_count() if sum(work) > 3 * LABEL_BLOCK else 1
+    parallel = joblib.Parallel(workers, return_as="generator", max_nbytes=None)
+    found = parallel(joblib.delayed(_label_block)(n, k, m, codes.P[rows]) for n, k, m, rows in blocks)
+    heights, done = np.empty(len(codes.k)), np.cumsum(work)
+    rows_done = np.cumsum([len(rows) for *_, rows in blocks])
+    for i, (block, (*_, rows)) in enumerate(zip(found, blocks, strict=True)):
+        heights[rows] = block
+        if progress:
+            progress(rows_done[i], done[i] / done[-1])
     return heights
 
 
@@ -266,12 +224,13 @@ def describe(dataset: Dataset) -> pd.DataFrame:
 
 def label_file(inputs: Path, output: Path) -> None:
     """Write the exact heights of the codes in a file, in their order."""
-    codes = read_codes(inputs)
+    codes = read_codes(inputs, trained=False)
     start = time.perf_counter()
 
-    def progress(done: int) -> None:
+    def progress(done: int, share: float) -> None:
         seconds = time.perf_counter() - start
-        print(f"{done:,} of {len(codes.k):,} codes, {seconds:.1f} s", flush=True)
+        left = timedelta(seconds=round(seconds / share - seconds))
+        print(f"{done:,} of {len(codes.k):,} codes, {seconds:.1f} s, about {left} left", flush=True)
 
     heights = label(codes, progress)
     write_heights(output, codes, heights)
@@ -291,7 +250,8 @@ def make_file(rows_per_group: int, seed: int, output: Path) -> None:
         )
 
     dataset = make_dataset(rows_per_group, seed, progress=progress)
-    write_heights(output, Codes(dataset.k, dataset.m, dataset.P), dataset.height)
+    codes = Codes(np.full(len(dataset), N), dataset.k, dataset.m, dataset.P)
+    write_heights(output, codes, dataset.height)
     print(f"\n{describe(dataset).to_string()}\n\n{output}: {len(dataset):,} rows, {output.stat().st_size / 1e6:.1f} MB")
 
 
@@ -301,16 +261,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Make the dataset of random codes, or label the codes of a file with their exact m-heights.",
         epilog="example: python data/prepare.py --label codes.pkl --output heights.pkl",
     )
-    parser.add_argument("--label", type=Path, metavar="INPUTS", help="codes: npz, or a pickle of [n, k, m, P]")
+    parser.add_argument("--label", type=Path, metavar="INPUTS", help="npz, or a pickle of [n, k, m, P], n up to 12")
     about = "dataset, by default augmented.npz beside this file; with --label the heights: .csv, .npz, else a pickle"
     parser.add_argument("--output", type=Path, help=about)
-    parser.add_argument("--rows", type=int, default=ROWS_PER_GROUP, help="of each (k, m) group (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=SEED, help="seed of the dataset (default: %(default)s)")
+    about = "of each (k, m) group (default: %(default)s)"
+    parser.add_argument("--rows", type=whole(1, 10**7), default=ROWS_PER_GROUP, help=about)
+    about = "seed of the dataset (default: %(default)s)"
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=SEED, help=about)
     asked = parser.parse_args(argv)
-    if asked.rows < 1:
-        parser.error(f"--rows: found {asked.rows}, expected 1 or more")
-    if asked.seed < 0:
-        parser.error(f"--seed: found {asked.seed}, expected 0 or more")
     if asked.label and not asked.output:
         parser.error("--label: expected --output HEIGHTS beside it")
     asked.output = asked.output or Path(__file__).with_name("augmented.npz")

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_model_v5 as run5
 from data import prepare
+from data.command_line import OneLineParser, status_of_main, whole
 from data.files import InputError, write_whole
 from data.heights import GROUPS, P_WIDTH
 
@@ -232,7 +233,7 @@ def train_run5_raw(settings: run5.Settings, work: Path) -> pd.DataFrame:
     """The same for Run 5 on raw P without extra codes, trained by train_model_v5.py itself."""
     whole = run5.Settings().epochs
     settings = replace(settings, features="raw", extra_codes=0, precision="float32", output=work)
-    if status := run5.run(settings, trust_labels=True):
+    if status := run5.run(settings, labels="trust"):
         raise InputError(f"{work}: Run 5 on raw P ended with status {status}")
     results = json.loads((work / "metrics.json").read_text(encoding="utf-8"))
     table = pd.DataFrame(results["errors"]["validation"]).rename(columns={"run5": "log2_mse"})
@@ -254,10 +255,8 @@ def write_rows(table: pd.DataFrame, path: Path) -> None:
 def train_runs(runs: Sequence[str], settings: run5.Settings, work: Path, csv: Path) -> None:
     """Train these runs one after the other and write their rows. `work` holds the state of what is unfinished."""
     dataset = run5.load_dataset(*settings.data)
-    prepare.check_labels(dataset)
     for run in runs:
         folder = work / run
-        folder.mkdir(parents=True, exist_ok=True)
         print(f"{run}: {folder}", flush=True)
         keras.utils.clear_session()
         if run == "run5-raw":
@@ -270,7 +269,7 @@ def train_runs(runs: Sequence[str], settings: run5.Settings, work: Path, csv: Pa
         shutil.rmtree(folder)
 
 
-@prepare.status_of_main
+@status_of_main
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     logging.getLogger("absl").setLevel("ERROR")  # As in train_model_v5.py: Keras calls h5 an old format.
@@ -278,13 +277,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "You are using a softmax over axis")  # The attention is over one vector.
     default = run5.Settings()
     example = "example: python data/rerun_baselines.py --runs run2 run5-raw"
-    parser = prepare.OneLineParser(description=__doc__.splitlines()[0], epilog=example)
+    parser = OneLineParser(description=__doc__.splitlines()[0], epilog=example)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="(default: all)")
     parser.add_argument("--data", type=Path, nargs="+", default=default.data, help="as in train_model_v5.py")
     parser.add_argument("--output", type=Path, default=default.output / "unfinished_baselines", help="their state")
     parser.add_argument("--csv", type=Path, default=prepare.BASELINES, help="where the rows go")
-    parser.add_argument("--epochs", type=int, default=default.epochs, help="at most so many, and what a run has")
-    parser.add_argument("--seed", type=int, default=default.seed, help="of split, weights, order and dropout")
+    about = "at most so many, and what a run has"
+    parser.add_argument("--epochs", type=whole(1, 10**6), default=default.epochs, help=about)
+    about = "of split, weights, order and dropout"
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=default.seed, help=about)
     asked = parser.parse_args(argv)
     if not asked.csv.is_file():
         raise InputError(f"--csv: {asked.csv} is no file, expected one with the published figures")

@@ -25,6 +25,7 @@ from test_heights import height_by_lp
 from threadpoolctl import threadpool_limits
 
 from data import prepare
+from data.command_line import environment
 from data.heights import GROUPS, N, m_heights, unflatten
 
 STEPS = 60
@@ -140,7 +141,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.serve:
         return serve(asked.serve, asked.precision)
-    print(f"{prepare.environment()['machine']}; {asked.precision}; {asked.repeats} readings each")
+    print(f"{environment()['machine']}; {asked.precision}; {asked.repeats} readings each")
     print(f"{'':<42}{'unit':<9}{'measured':>12}{'reference':>12}{'ratio':>12}  {'least to largest':<24}goal")
     for name in asked.only:
         print(*PARTS[name](asked.repeats, asked.precision), sep="\n", flush=True)

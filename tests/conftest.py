@@ -77,7 +77,15 @@ def float32_again():
 
 
 @pytest.fixture
-def eager():
+def short_search(monkeypatch):
+    """Low codes after a few rounds of the search, where only what is done with them is tested."""
+    from data import matrices
+
+    monkeypatch.setattr(matrices, "SEARCH_ROUNDS", (1, 5))
+
+
+@pytest.fixture
+def eager(short_search):
     """Without graphs to trace, where only what is around the network is tested, in networks of a 32nd of the width."""
     import tensorflow as tf
 

@@ -80,7 +80,7 @@ def test_runs_write_their_rows_and_the_report_shows_them(eager, small_npz, small
     csv = tmp_path / "baselines.csv"
     published = pd.read_csv(prepare.BASELINES).query("source == 'published'")
     published.to_csv(csv, index=False)
-    settings = run5.Settings(data=(small_npz,), epochs=1, width=NARROW, batch_size=306, precision="bfloat16")
+    settings = run5.Settings(data=(small_npz,), epochs=1, width=NARROW, batch_size=306, test_codes=10)
     runs = [run for run in baselines.RUNS if run != "run4-curriculum"]
     baselines.train_runs(runs, settings, tmp_path / "work", csv)
     rows = pd.read_csv(csv)

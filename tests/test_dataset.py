@@ -129,8 +129,8 @@ def test_a_tenth_of_each_group_is_low_and_known_codes_are_left_out():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rows", "0"], "--rows: found 0, expected 1 or more"),
-        (["--seed", "-1"], "--seed: found -1, expected 0 or more"),
+        (["--rows", "0"], "--rows: found 0, expected a whole number from 1 to"),
+        (["--seed", "-1"], "--seed: found -1, expected a whole number from 0 to"),
         (["--output", "no/such/folder.npz"], "is not a file name in an existing folder"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 import train_model_v5 as run5
 from data import prepare
-from data.heights import GROUPS, flatten, m_heights, minors
+from data.heights import GROUPS, Codes, flatten, m_heights, minors
 from data.matrices import random_matrices
 
 KS = (4, 5, 6)
@@ -142,7 +142,7 @@ def test_features_are_in_the_order_of_the_rows_and_raw_ones_are_P(small):
     np.testing.assert_array_equal(run5.predict_all(run5.feature_model("raw"), small), small.P)
 
 
-def test_three_sets_carry_features_and_share_no_code(small):
+def test_three_sets_carry_features_and_share_no_code(small, short_search):
     settings = run5.Settings(features="raw", extra_codes=4, test_codes=50)
     train_rows, val_rows = run5.split_dataset(small)
     sets = run5.three_sets(small, settings)
@@ -152,7 +152,8 @@ def test_three_sets_carry_features_and_share_no_code(small):
         np.testing.assert_array_equal(getattr(sets["training"], name)[:306], getattr(small, name)[train_rows])
     for data in sets.values():
         np.testing.assert_array_equal(data.features, data.P)
-        prepare.check_labels(data)
+        exact = prepare.label(Codes(np.full(len(data), 9), data.k, data.m, data.P))
+        np.testing.assert_array_equal(data.height, exact)
     rows = run5.describe_sets(sets)
     assert list(rows.index) == list(GROUPS)
     assert {tuple(row) for row in rows.to_numpy()} == {(34 + 4 * 34, 6, 50)}
@@ -174,7 +175,7 @@ def test_a_code_in_two_sets_would_be_found(small):
         run5.describe_sets(sets)
 
 
-def test_codes_that_the_dataset_has_are_in_neither_the_test_set_nor_the_extra_codes():
+def test_codes_that_the_dataset_has_are_in_neither_the_test_set_nor_the_extra_codes(short_search):
     settings = run5.Settings(features="raw", extra_codes=1, seed=5, test_codes=100)
     for seed in (run5.TEST_SEED, [5, 1]):
         dataset = prepare.make_dataset(100, seed)

@@ -49,6 +49,12 @@ def test_heights_of_real_matrices_are_those_of_the_lp_definition(k, m):
     assert m_heights(P, [m])[0, 0] == pytest.approx(height_by_lp(P[0], m), rel=1e-9)
 
 
+@pytest.mark.parametrize(("n", "k", "m"), [(2, 1, 1), (5, 2, 2), (10, 4, 2), (10, 7, 3), (12, 1, 11), (12, 10, 1)])
+def test_heights_of_other_lengths_are_those_of_the_lp_definition(n, k, m):
+    P = np.random.default_rng([n, k, m]).integers(-9, 10, (1, k, n - k))
+    assert m_heights(P, [m])[0, 0] == pytest.approx(height_by_lp(P[0], m), rel=1e-9)
+
+
 @pytest.mark.parametrize("k", [4, 5, 6])
 def test_for_m_equal_to_n_minus_k_the_height_is_the_largest_row_sum_over_bases(k):
     P = np.random.default_rng(k).integers(-50, 51, (20, k, N - k))

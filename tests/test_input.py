@@ -5,8 +5,11 @@ import io
 import os
 import pickle
 import re
+import shutil
 import subprocess
+import sys
 
+import h5py
 import joblib
 import numpy as np
 import pandas as pd
@@ -25,6 +28,10 @@ def course_rows(arrays):
     """The course's list of [n, k, m, P] from a dataset's arrays."""
     rows = zip(arrays["k"].tolist(), arrays["m"].tolist(), arrays["P"], strict=True)
     return [[N, k, m, unflatten(P[None], k)[0]] for k, m, P in rows]
+
+
+def readme_snippets():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +210,7 @@ def test_files_of_pandas_joblib_and_numpy_are_refused_with_a_way_on(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     rows = course_rows(arrays)
     frame = pd.DataFrame(rows, columns=["n", "k", "m", "P"]).assign(result=arrays["height"])
+    frame.loc[len(frame)] = [10, 4, 2, np.ones((4, 6)), 2.0]
     frame.to_pickle("frame.pkl")
     joblib.dump(rows, "joblib.pkl")
     np.save("codes.npy", arrays["P"])
@@ -214,8 +222,7 @@ def test_files_of_pandas_joblib_and_numpy_are_refused_with_a_way_on(tmp_path, mo
         with pytest.raises(InputError, match=rf"{name}.*{what}.*np\.savez\('codes\.npz', k=k") as error:
             read_codes(name)
         assert "\n" not in str(error.value)
-    snippet = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
-    exec(snippet)
+    exec(readme_snippets()[0])
     read = run5.load_dataset("codes.npz")
     np.testing.assert_array_equal(read.P, arrays["P"])
     np.testing.assert_array_equal(read.height, arrays["height"])
@@ -227,9 +234,10 @@ def test_a_csv_with_a_byte_order_mark_is_read(tmp_path):
 
 
 def test_rows_of_infinite_height_are_left_out_and_counted(tmp_path, course, arrays, small_npz, model_file, capsys):
-    heights = arrays["height"].tolist()
-    heights[3] = heights[100] = np.inf
-    heights[200] = 10**400
+    rows, heights = course_rows(arrays), arrays["height"].tolist()
+    for row, height in ((3, np.inf), (100, np.inf), (200, 10**400)):
+        rows[row][3], heights[row] = rows[row][3] * 0, height
+    course[0].write_bytes(pickle.dumps(rows))
     course[1].write_bytes(pickle.dumps(heights))
     dataset = run5.load_dataset(*course)
     kept = np.delete(np.arange(360), [3, 100, 200])
@@ -240,6 +248,7 @@ def test_rows_of_infinite_height_are_left_out_and_counted(tmp_path, course, arra
     assert run5.main([*map(str, arguments)]) == 0
     out = capsys.readouterr().out
     assert "360 heights" in out and "3 rows of infinite height left out" in out and "nan" not in out
+    course[0].write_bytes(pickle.dumps([[*row[:3], row[3] * 0] for row in rows]))
     course[1].write_bytes(pickle.dumps([np.inf] * 360))
     with pytest.raises(InputError, match="found infinite heights alone"):
         run5.load_dataset(*course)
@@ -251,18 +260,44 @@ def test_codes_and_heights_must_be_equally_many(course):
         run5.load_dataset(*course)
 
 
-def test_wrong_labels_are_found_and_can_be_trusted(tmp_path, course, arrays, capsys):
+def test_wrong_labels_are_found_and_can_be_trusted_or_replaced(tmp_path, course, arrays, model_file, capsys):
+    """As in a public test set, some heights are finite where the true ones are infinite."""
+    rows = course_rows(arrays)
+    rows[3][3] = rows[3][3] * 0
+    course[0].write_bytes(pickle.dumps(rows))
     heights = arrays["height"].copy()
     heights[arrays["m"] == 5] *= 1.01
     course[1].write_bytes(pickle.dumps(heights.tolist()))
-    dataset = run5.load_dataset(*course)
-    with pytest.raises(InputError, match=r"row \d+: found height .*, expected .* --trust-labels"):
-        prepare.check_labels(dataset)
-    assert run5.main(["--data", *map(str, course), "--output", str(tmp_path / "out")]) == 2
-    assert not (tmp_path / "out").exists()
-    prepare.check_labels(run5.load_dataset(ROOT / "data" / "augmented.npz"))
-    asked = run5.parse_arguments(["--trust-labels"])[1]
-    assert asked.trust_labels
+
+    trained = ["--data", *course, "--output", tmp_path / "out"]
+    predicted = ["--predict", course[0], "--heights", course[1], "--model", model_file, "--output", tmp_path / "out"]
+    for arguments in (trained, predicted):
+        assert run5.main([*map(str, arguments)]) == 2
+        problem = capsys.readouterr().err
+        assert "mHeights.pkl: row 3: found height" in problem and "expected inf (41 of 360 rows checked" in problem
+        assert "--relabel takes" in problem and "--trust-labels goes on" in problem and problem.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+    trusted, exact = (run5.load_dataset(*course, labels=labels) for labels in ("trust", "relabel"))
+    assert "41 of 360 heights were not the exact ones, which are taken instead" in capsys.readouterr().out
+    np.testing.assert_array_equal(trusted.height, heights)
+    np.testing.assert_array_equal(exact.height, np.delete(arrays["height"], 3))
+    assert exact.infinite == 1 and exact.sha256 == f"{trusted.sha256} relabelled"
+    assert "not checked" in trusted.describe()["labels"] and "41 of 360 differed" in exact.describe()["labels"]
+    assert run5.main([*map(str, predicted), "--relabel"]) == 0
+    out = capsys.readouterr().out
+    assert "41 of 360 heights were not" in out and "1 rows of infinite height left out" in out
+
+
+def test_a_sample_of_every_group_is_checked(arrays, tmp_path):
+    many = {name: np.repeat(array, 5, axis=0) for name, array in arrays.items()}
+    np.savez(tmp_path / "many.npz", **many)
+    assert run5.load_dataset(tmp_path / "many.npz").labels == "as in the file, 900 of them checked"
+    for k, m in GROUPS:
+        wrong = np.where((many["k"] == k) & (many["m"] == m), many["height"] * 1.01, many["height"])
+        np.savez(tmp_path / "wrong.npz", **many | {"height": wrong})
+        with pytest.raises(InputError, match=r"wrong\.npz: row .* expected .* .100 of 900 rows checked differ"):
+            run5.load_dataset(tmp_path / "wrong.npz")
 
 
 def test_a_published_table_that_is_torn_is_refused(tmp_path):
@@ -330,7 +365,8 @@ def label(inputs, output, capsys):
 
 def test_label_writes_exact_heights_in_the_order_of_the_input(tmp_path, course, small_npz, arrays, capsys):
     out = label(course[0], tmp_path / "heights.pkl", capsys)
-    assert "360 of 360 codes" in out and "360 heights, 0 of them infinite" in out
+    assert re.search(r"^360 of 360 codes, [\d.]+ s, about 0:00:00 left$", out, re.M)
+    assert "360 heights, 0 of them infinite" in out
     assert pickle.loads((tmp_path / "heights.pkl").read_bytes()) == arrays["height"].tolist()
     label(small_npz, tmp_path / "heights.csv", capsys)
     table = list(csv.DictReader((tmp_path / "heights.csv").read_text().splitlines()))
@@ -348,14 +384,72 @@ def test_label_writes_infinite_heights_as_such_and_counts_them(tmp_path, capsys)
     assert pickle.loads((tmp_path / "heights.pkl").read_bytes()) == [np.inf, np.inf]
 
 
-def test_many_codes_are_labelled_by_several_processes_alike():
+def test_many_codes_are_labelled_by_several_processes(monkeypatch):
+    monkeypatch.setattr(prepare, "LABEL_BLOCK", 10**6)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
     rng = np.random.default_rng(0)
-    P = rng.integers(-9, 10, (45_000, 6, 3))
-    codes = Codes(np.full(len(P), 6), rng.integers(2, 4, len(P)), flatten(P).astype(float))
-    done = []
-    heights = prepare.label(codes, done.append, workers=2)
+    P = rng.integers(-9, 10, (15_000, 6, 3))
+    codes = Codes(np.full(len(P), 9), np.full(len(P), 6), rng.integers(2, 4, len(P)), flatten(P).astype(float))
+    calls = []
+    heights = prepare.label(codes, lambda rows, share: calls.append((rows, share)))
     np.testing.assert_array_equal(heights, np.take_along_axis(m_heights(P, [2, 3]), codes.m[:, None] - 2, axis=1)[:, 0])
-    assert done[-1] == len(P) and len(done) > 2
+    assert calls == sorted(calls) and calls[-1] == (len(P), 1.0) and len(calls) > 2
+
+
+def test_codes_of_other_lengths_are_labelled_and_not_trained_on(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    numbers = [(9, 4, 2), (10, 5, 3), (12, 6, 6), (2, 1, 1), (10, 4, 6), (12, 11, 1), (9, 1, 8)]
+    rows = [[n, k, m, rng.integers(1, 100, (k, n - k))] for n, k, m in numbers]
+    # The example of the course's evaluator, with its height.
+    rows.append([5, 2, 2, [[0.4759809, 0.9938236, 0.819425], [-0.8960798, -0.7442706, 0.3345122]]])
+    (tmp_path / "codes.pkl").write_bytes(pickle.dumps(rows))
+    assert "8 of 8 codes" in label(tmp_path / "codes.pkl", tmp_path / "heights.csv", capsys)
+    heights = read_heights(tmp_path / "heights.csv")
+    assert heights[:7].tolist() == [m_heights(P[None], [m])[0, 0] for _, _, m, P in rows[:7]]
+    assert heights[7] == pytest.approx(1.9242387, abs=1e-6)
+    assert pd.read_csv(tmp_path / "heights.csv")["n"].tolist() == [row[0] for row in rows]
+
+    label(tmp_path / "codes.pkl", tmp_path / "codes.npz", capsys)
+    with np.load(tmp_path / "codes.npz") as file:
+        assert file["n"].tolist() == [row[0] for row in rows] and file["P"].shape == (8, 36)
+    label(tmp_path / "codes.npz", tmp_path / "again.csv", capsys)
+    assert (tmp_path / "again.csv").read_text() == (tmp_path / "heights.csv").read_text()
+    for name in ("codes.pkl", "codes.npz"):
+        with pytest.raises(InputError, match="row 1: found n = 10, expected 9, the only length that is trained"):
+            read_codes(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([13, 4, 2, np.ones((4, 9))], r"found \(n, k, m\) = \(13, 4, 2\), expected n up to 12, k from 1 to n - 1"),
+        ([10, 10, 1, np.ones((10, 1))], r"found \(n, k, m\) = \(10, 10, 1\)"),
+        ([10, 4, 7, np.ones((4, 6))], r"found \(n, k, m\) = \(10, 4, 7\), .* m from 1 to n - k"),
+        ([10, 4, 0, np.ones((4, 6))], r"found \(n, k, m\) = \(10, 4, 0\)"),
+        ([10, 4, 2, np.ones((4, 5))], r"found P = .* of shape \(4, 5\), expected .* shape \(4, 6\)"),
+    ],
+)
+def test_what_cannot_be_labelled_is_refused_by_row(tmp_path, row, message):
+    (tmp_path / "codes.pkl").write_bytes(pickle.dumps([[9, 4, 2, GOOD_P], row]))
+    with pytest.raises(InputError, match=f"codes.pkl: row 1: {message}"):
+        read_codes(tmp_path / "codes.pkl", trained=False)
+
+
+def test_an_npz_with_n_needs_room_for_every_matrix(tmp_path):
+    columns = {"n": [9, 10], "k": [4, 5], "m": [2, 2], "P": np.ones((2, 24))}
+    np.savez(tmp_path / "codes.npz", **columns)
+    with pytest.raises(InputError, match=r"row 1: found 24 entries in P, expected k \* \(n - k\) = 25"):
+        read_codes(tmp_path / "codes.npz", trained=False)
+    np.savez(tmp_path / "codes.npz", **columns | {"n": [9.5, 10]})
+    with pytest.raises(InputError, match=r"row 0: found n = 9.5, expected an integer"):
+        read_codes(tmp_path / "codes.npz", trained=False)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system cannot bind a process to a core")
+def test_only_cores_that_the_process_may_use_are_counted():
+    source = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from data import command_line; "
+    command = [sys.executable, "-c", source + "print(command_line.environment()['machine'])"]
+    assert ", 1 cores" in subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
 
 
 @pytest.mark.parametrize(
@@ -365,7 +459,7 @@ def test_many_codes_are_labelled_by_several_processes_alike():
         (["--label", "none.pkl", "--output", "h.pkl"], "none.pkl: cannot be read: No such file"),
         (["--label", "codes.pkl", "--output", "codes.pkl"], "is the file to be labelled"),
         (["--output", "dataset.pkl"], "expected a name that ends in .npz"),
-        (["--rows", "many"], "argument --rows: invalid int value: 'many'"),
+        (["--rows", "many"], "argument --rows: found many, expected a whole number from 1"),
     ],
 )
 def test_labelling_refuses_bad_options_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
@@ -442,6 +536,84 @@ def test_prediction_refuses_what_it_cannot_do(tmp_path, course, model_file, caps
     assert "found 1 heights, expected one for each of 360" in refused(*few)
 
 
+def test_inference_works_in_the_course_evaluator(arrays):
+    evaluator = pytest.importorskip("tamu_csce_636_project1").Evaluator(
+        first_name="A", last_name="B", email="c@tamu.edu", print=False
+    )
+    inputs, outputs = {}, {}
+    for k, m in GROUPS:
+        rows = (arrays["k"] == k) & (arrays["m"] == m)
+        inputs[f"[9,{k},{m}]"] = list(unflatten(arrays["P"][rows], k))
+        outputs[f"[9,{k},{m}]"] = arrays["height"][rows].tolist()
+    errors = evaluator.eval(func=run5.inference, inputs=inputs, outputs=outputs)
+    assert list(errors) == [(9, k, m) for k, m in GROUPS]
+    assert 0 < np.mean(list(errors.values())) < 0.02
+
+
+def test_the_snippet_of_the_readme_prints_what_it_says(capsys):
+    pytest.importorskip("tamu_csce_636_project1")
+    snippet = readme_snippets()[-1]
+    exec(snippet)
+    shown, exact = map(float, re.search(r"matrices: \[([\d.]+)\]; the exact height is ([\d.]+)", snippet).groups())
+    heights, errors = capsys.readouterr().out.splitlines()
+    assert float(heights.strip("[]")) == pytest.approx(shown, abs=0.01)
+    assert f"(9, 4, 3): {(np.log2(exact) - np.log2(float(heights.strip('[]')))) ** 2:.12f}" in errors
+    P = eval(re.search(r"^P = (.*)$", snippet, re.M)[1])
+    assert m_heights(np.array([P]), [3])[0, 0] == pytest.approx(exact, abs=0.005)
+
+
+def test_inference_takes_any_iterable_of_matrices_and_loads_its_model_once(arrays, monkeypatch):
+    matrices = unflatten(arrays["P"][:5], 4)
+    heights = run5.inference(9, 4, 2, matrices)
+    assert [type(height) for height in heights] == [float] * 5
+    monkeypatch.setattr(run5.keras.models, "load_model", None)
+    for form in (matrices.tolist(), iter(matrices), tuple(matrices.astype(float)), [P.ravel() for P in matrices]):
+        assert run5.inference(np.int64(9), 4, 2, form) == pytest.approx(heights, rel=1e-5)
+    assert run5.inference(9, 4, 2, []) == []
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "m", "P", "message"),
+    [
+        (10, 4, 2, np.ones((4, 6)), "found n = 10, expected 9"),
+        (9, 4, 6, GOOD_P, r"found \(k, m\) = \(4, 6\), expected one of the nine groups"),
+        (9, 4, 2.0, GOOD_P, "found m = 2.0, expected an integer"),
+        (9, 4, 2, GOOD_P.T, r"found P = an array of int64 of shape \(5, 4\), expected .* shape \(4, 5\)"),
+        (9, 4, 2, [[1, 2], [3]], "found P = a list of 2"),
+        (9, 4, 2, np.full((4, 5), np.nan), "found NaN or inf in P"),
+    ],
+)
+def test_inference_refuses_what_the_model_does_not_know(n, k, m, P, message):
+    with pytest.raises(ValueError, match=rf"p_list: row \d: {message}"):
+        run5.inference(n, k, m, [GOOD_P, P])
+
+
+def test_a_model_that_reads_other_files_is_refused(tmp_path, course, model_file, capsys):
+    """HDF5 can take weights from another file, or claim more of them than there is memory for."""
+    secret = tmp_path / "secret.bin"
+    secret.write_bytes(bytes(10**6))
+    for kind in ("link", "storage", "size"):
+        path = tmp_path / f"{kind}.h5"
+        shutil.copy(model_file, path)
+        with h5py.File(path, "r+") as file:
+            names = []
+            file["model_weights"].visititems(lambda name, x, names=names: names.append((name, x)))
+            name, weights = next((name, x) for name, x in names if isinstance(x, h5py.Dataset) and x.ndim == 2)
+            whole, shape, dtype, parent = weights.name, weights.shape, weights.dtype, weights.parent
+            del file["model_weights"][name]
+            name = name.split("/")[-1]
+            if kind == "link":
+                parent[name] = h5py.ExternalLink(str(model_file), whole)
+            elif kind == "storage":
+                parent.create_dataset(name, shape, dtype, external=[(str(secret), 0, 10**6)])
+            else:
+                parent.create_dataset(name, (10**6, 10**6), dtype, chunks=(1, 10**6))
+        arguments = ["--predict", course[0], "--model", path, "--output", tmp_path / "out"]
+        assert run5.main([str(argument) for argument in arguments]) == 2, kind
+        assert f"{kind}.h5: cannot be loaded as a model" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_brings_code_is_refused_before_it_runs(tmp_path, course, capsys):
     import keras
 
@@ -469,7 +641,8 @@ def test_options_that_need_predict_say_so(capsys):
 def test_the_course_sample_is_read_and_its_labels_agree(tmp_path):
     dataset = run5.load_dataset(COURSE_SAMPLE)
     assert set(dataset.group) == set(range(9))
-    prepare.check_labels(dataset, rows_per_group=500)
+    exact = run5.load_dataset(COURSE_SAMPLE, labels="relabel")
+    assert exact.labels.endswith("where 0 of 4,500 differed")
     process = run_script(
         "--label", COURSE_SAMPLE / "DS-1-sample_n_k_m_P.pkl", "--output", tmp_path / "h.csv", script="data/prepare.py"
     )

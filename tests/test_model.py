@@ -12,7 +12,7 @@ import tensorflow as tf
 from conftest import NARROW
 
 import train_model_v5 as run5
-from data import files, prepare
+from data import files
 from data.heights import GROUPS
 
 
@@ -154,7 +154,7 @@ def test_defaults_are_the_design():
     assert (settings.constant_epochs, settings.decay) == (10, 0.95)
     assert (settings.features, settings.extra_codes, settings.precision, settings.width) == ("basis", 4, "auto", 1.0)
     assert settings.test_codes == 2000
-    assert not (asked.fresh or asked.trust_labels or asked.predict or asked.report)
+    assert asked.labels == "check" and not (asked.fresh or asked.predict or asked.report)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_defaults_are_the_design():
     ],
 )
 def test_bfloat16_is_chosen_where_the_processor_has_it_and_there_is_no_gpu(monkeypatch, flags, gpus, expected):
-    monkeypatch.setattr(prepare, "processor", lambda: flags)
+    monkeypatch.setattr(run5, "processor", lambda: flags)
     monkeypatch.setattr(run5, "GPUS", gpus)
     assert run5.precision_for("auto") == expected
     assert [run5.precision_for(asked) for asked in ("float32", "bfloat16")] == ["float32", "bfloat16"]
