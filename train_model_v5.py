@@ -40,9 +40,10 @@ from sklearn.preprocessing import StandardScaler
 from data import files, heights, prepare
 from data.checkpoints import BestModel, Checkpoint, load_once, load_trained
 from data.command_line import OneLineParser, environment, processor, status_of_main, whole
+from data.comparison import BASELINES, RAW, RUNS, TIERS, measured_errors, read_baselines, runs_text, tier_means
 from data.files import InputError
 from data.heights import GROUPS, P_WIDTH, Codes, Dataset, N
-from data.prepare import load_dataset, read_baselines
+from data.prepare import load_dataset
 
 keras.config.set_floatx("float32")  # The user's keras.json may name another.
 GPUS = tf.config.list_physical_devices("GPU")
@@ -52,18 +53,14 @@ TRAINED = HERE / "run_5" / "best_model_run5.h5"  # The model that is used where 
 
 # --- settings -------------------------------------------------------------------------------------------------------
 
-TIERS = {"easy": ((4, 2), (4, 3), (5, 2)), "medium": ((4, 4), (5, 3), (6, 2)), "hard": ((4, 5), (5, 4), (6, 3))}
-
 # What the report's figures are to be below: means of the groups as the design has them, then this project's own.
 TARGETS = {"easy": 0.15, "medium": 0.30, "hard": 1.20, "overall": 0.35, "overall, to beat": 0.374}
 OWN_TARGETS = {"overall, aim": 0.008, "overall / ridge": 1, "groups of 6 worse than ridge": 3}
 OWN_TARGETS |= {"worst hard group": 0.003, "low codes / overall": 2}
 GROUP_WEIGHTS = dict.fromkeys(GROUPS, 1.0) | {(4, 5): 2.0, (5, 4): 1.5, (6, 2): 1.2, (6, 3): 1.5}
-# What needs no network, and the runs of data/rerun_baselines.py that have the same validation set as Run 5.
+# What needs no network.
 SIMPLE = {"mean": "mean", "bound": "largest bound", "ridge": "ridge"}
 INNER_GROUPS = [(k, m) for k, m in GROUPS if m < N - k]  # In the other groups the largest bound is the m-height.
-CURRICULUM, RAW = "Run 4, curriculum", "Run 5, raw P"
-SAME_SPLIT = ("Run 2", "Run 4", CURRICULUM, RAW)
 TEST_SEED = 2  # The test set is the same whatever the seed of the run.
 PREDICTION_BATCH = 2048  # Rows in one step where nothing is learned. It affects speed only.
 
@@ -88,6 +85,7 @@ class Settings:
     seed: int = setting(42, "of split, extra codes, initial weights, order of rows, dropout", type=whole(0, 2**32 - 1))
     val_fraction: float = setting(0.15, "share of each (k, m) group in the validation set")
     width: float = setting(1.0, "factor on the units of every hidden layer")
+    dropout: float = setting(1.0, "factor on all dropout rates")
     learning_rate: float = setting(1e-3, "AdamW's rate at the start")
     weight_decay: float = setting(1e-4, "AdamW's decoupled weight decay")
     clipnorm: float = setting(1.0, "each gradient tensor is scaled down to this norm at most")
@@ -297,6 +295,7 @@ def build_network(features: np.ndarray, settings: Settings) -> keras.Model:
     features: those of the training set, by whose mean and variance they are scaled. The first basis feature is a lower
     bound of the log2 height, so that it is added to the softplus.
     """
+    width, dropout = settings.width, settings.dropout
     n, k, m = (layers.Input((1,), name=name, dtype="int32") for name in ("n", "k", "m"))
     given = layers.Input((features.shape[1],), name="features")
     k_embed = layers.Reshape((32,))(layers.Embedding(7, 32, name="k_embedding")(k))
@@ -306,16 +305,16 @@ def build_network(features: np.ndarray, settings: Settings) -> keras.Model:
     mean, variance = features.mean(axis=0, dtype="float64"), 64 * features.var(axis=0, dtype="float64")
     scaled = layers.Normalization(mean=mean, variance=variance, dtype="float32", name="scale")(given)
     scaled = layers.Activation("hard_tanh", dtype="float32")(scaled)
-    P_processed = dense_block(layers.Rescaling(8.0, dtype="float32")(scaled), 256 * settings.width, dropout=0.3)
-    P_processed = dense_block(P_processed, 512 * settings.width, dropout=0.2)
+    P_processed = dense_block(layers.Rescaling(8.0, dtype="float32")(scaled), 256 * width, 0.3 * dropout)
+    P_processed = dense_block(P_processed, 512 * width, 0.2 * dropout)
 
     x = layers.Concatenate()([n, k_embed, m_embed, P_processed])
-    x = dense_block(x, 1024 * settings.width, dropout=0.3)
-    x = residual_block(x, 1024 * settings.width, dropout=0.2)
-    x = residual_block(x, 1024 * settings.width, dropout=0.2)
-    x = dense_block(x, 512 * settings.width, dropout=0.2)
-    x = dense_block(x, 256 * settings.width, dropout=0.1)
-    x = dense_block(x, 128 * settings.width, dropout=0.1)
+    x = dense_block(x, 1024 * width, 0.3 * dropout)
+    x = residual_block(x, 1024 * width, 0.2 * dropout)
+    x = residual_block(x, 1024 * width, 0.2 * dropout)
+    x = dense_block(x, 512 * width, 0.2 * dropout)
+    x = dense_block(x, 256 * width, 0.1 * dropout)
+    x = dense_block(x, 128 * width, 0.1 * dropout)
     x = layers.Activation("softplus", dtype="float32")(layers.Dense(1, dtype="float32")(x))
     if settings.features == "basis":
         as_sequence = layers.Reshape((features.shape[1], 1), dtype="float32")(given)
@@ -436,12 +435,6 @@ def train(model: keras.Model, train_set: Dataset, val_set: Dataset, settings: Se
 # --- report ---------------------------------------------------------------------------------------------------------
 
 
-def tier_means(errors: pd.DataFrame) -> pd.DataFrame:
-    """The mean of each column over the groups of each tier, and over all nine. errors: indexed by k and m."""
-    tiers = (TIERS | {"overall": GROUPS}).items()
-    return pd.DataFrame({tier: errors.loc[list(groups)].mean() for tier, groups in tiers}).T
-
-
 def check_targets(errors: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Figures of Run 5 on the validation and the test set, the limits they are to be below, and whether they are."""
     figures, limits = {}, TARGETS | (OWN_TARGETS if "bound" in errors["test"] else {})  # On raw P the design's alone.
@@ -459,12 +452,13 @@ def check_targets(errors: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return table.assign(met=np.where(missed, "MISSED", "met"))
 
 
-def verdict_text(errors: dict[str, pd.DataFrame], targets: pd.DataFrame, measured: pd.DataFrame) -> str:
+def verdict_text(errors: dict[str, pd.DataFrame], targets: pd.DataFrame, measured: dict[str, pd.DataFrame]) -> str:
     """The first lines of the report."""
     validation, test = (tier_means(errors[name]).loc["overall"] for name in ("validation", "test"))
     inner, beats = errors["test"].loc[INNER_GROUPS], "beats" if test["run5"] < test["ridge"] else "LOSES TO"
     bound = f" and {test['bound']:.4f} by the largest bound" if "bound" in test else ""
-    raw = f"reaches {measured[RAW].mean():.4f} (validation)" if RAW in measured else "was not trained on this dataset"
+    raw = [f"{table[RAW].mean():.4f} ({name})" for name, table in measured.items() if RAW in table]
+    raw = f"reaches {', '.join(raw[::-1])}" if raw else "was not trained on this dataset"
     missed = "".join(f" MISSED: {target}." for target in targets.index[targets["met"] == "MISSED"])
     sentences = [
         f"Test error {test['run5']:.4f}, validation error {validation['run5']:.4f}. (An error here is a log2-MSE, the "
@@ -491,14 +485,16 @@ def comparison_text(errors: pd.DataFrame, rows: pd.Series) -> str:
     return "\n".join(lines)
 
 
-def same_split_text(errors: dict[str, pd.DataFrame], measured: pd.DataFrame) -> str:
+def same_split_text(errors: dict[str, pd.DataFrame], measured: dict[str, pd.DataFrame]) -> str:
     """log2-MSE of every way to predict, by set (rows), by (k, m) group and for the means of the tiers (columns)."""
     tables = {}
-    for name, table in zip(("val", "test", "low"), errors.values(), strict=True):
-        runs = measured[[run for run in SAME_SPLIT if run in measured and name == "val"]]
-        table = pd.concat([table.drop(columns=["run5", "n"]).rename(columns=SIMPLE), runs, table["run5"]], axis=1)
+    for name, table in errors.items():
+        simple = table.drop(columns=["run5", "n"]).rename(columns=SIMPLE)
+        table = pd.concat([simple, measured.get(name), table["run5"]], axis=1)
         columns = pd.concat([table.set_axis([f"{k},{m}" for k, m in table.index]), tier_means(table)])
-        tables[name] = columns.rename(index={"overall": "all"}, columns={"run5": "Run 5"}).T
+        tables[{"validation": "val", "low codes": "low"}.get(name, name)] = columns.rename(
+            index={"overall": "all"}, columns={"run5": "Run 5"}
+        ).T
     return pd.concat(tables).to_string(float_format="{:.3f}".format)
 
 
@@ -525,7 +521,8 @@ mean           predicting the mean log2 height of the group's training rows
 largest bound  each information set (basis) bounds the m-height from below; the largest bound
 ridge          regression of log2 height on the features, for each group, fitted to the training set
 low codes      the tenth of the test set from families and a search that give small m-heights
-Earlier runs, weighting and data leakage (data/rerun_baselines.py): {runs}
+
+Other trainings (data/rerun_baselines.py): {runs}
 
 Departures from the design
 - Features: two numbers for each basis of the code, 252 in all, in place of the 20 entries of P. The
@@ -547,26 +544,26 @@ machine         {machine}, {times[finished]}
 """
 
 
-def write_report(results: dict, folder: Path, baselines: Path = prepare.BASELINES) -> str:
+def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> str:
     """Write detailed_comparison.txt and comparison.png from metrics.json and the baselines; returns the report."""
-    published, measured, runs = read_baselines(results["settings"]["data"], results["settings"]["seed"], baselines)
-    errors = {name: pd.DataFrame(rows).set_index(["k", "m"]) for name, rows in results["errors"].items()}
+    published, rows = read_baselines(results["settings"]["data"], baselines)
+    seed = results["settings"]["seed"]
+    measured = measured_errors(rows, seed)
+    errors = {name: pd.DataFrame(table).set_index(["k", "m"]) for name, table in results["errors"].items()}
     targets, validation = check_targets(errors), errors["validation"]
-    about = runs[["parameters", "epochs", "ended"]].astype({"parameters": int, "epochs": int}).rename_axis(None)
-    about = f"trained without extra codes:\n{about.to_string()}" if len(about) else "not trained on this dataset."
     text = {
         "verdict": verdict_text(errors, targets, measured),
         "published": comparison_text(published.assign(**{"Run 5": validation["run5"]}), validation["n"]),
         "targets": targets.to_string(na_rep="", float_format="{:.4f}".format),
         "same_split": same_split_text(errors, measured),
-        "runs": about,
+        "runs": runs_text(rows, seed, errors["test"]["run5"]),
         "sets": ", ".join(f"{name} {n:,} rows" for name, n in pd.DataFrame(results["sets"]).sum()[2:].items()),
         "labels": results["dataset"].get("labels", "as in the file"),
         "packages": ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
     }
     lines = REPORT.format(**results | text, seconds=results["times"]["training_seconds"]).splitlines()
     report = "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in lines) + "\n"
-    plot_comparison(published, errors["test"], measured, folder / "comparison.png")
+    plot_comparison(published, errors["test"], measured["test"], folder / "comparison.png")
     (folder / "detailed_comparison.txt").write_text(report, encoding="utf-8")
     return report
 
@@ -629,11 +626,11 @@ def plot_comparison(published: pd.DataFrame, test: pd.DataFrame, measured: pd.Da
     for name, color, width in zip(SIMPLE, ("C7", "C8", "C2"), (2, 6, 2), strict=True):
         if name in test:
             panel.hlines(test[name], x - 0.4, x + 0.4, color, lw=width, label=f"{SIMPLE[name]}, test set")
-    for i, (run, marker) in enumerate(zip(SAME_SPLIT, "osD^", strict=True)):
-        style = {"marker": marker, "color": ("C0", "C1", "C4", "C6")[i], "linestyle": "none", "markersize": 8}
-        for table, fill, said in ((published, "none", "published"), (measured, None, "validation set")):
+    for i, (run, marker) in enumerate(zip(RUNS, "osD^v<>pPX", strict=True)):
+        style = {"marker": marker, "color": f"C{(0, 1, 4, 6, 5, 9, 0, 1, 4, 6)[i]}", "linestyle": "none"}
+        for table, fill, said in ((published, "none", "published"), (measured, None, "test set")):
             if run in table:
-                panel.plot(x + 0.08 * i - 0.12, table[run].loc[groups], mfc=fill, label=f"{run}, {said}", **style)
+                panel.plot(x + 0.08 * i - 0.36, table[run].loc[groups], mfc=fill, label=f"{run}, {said}", **style)
     panel.plot(x, test["run5"], "k*", markersize=14, label="Run 5, test set")
     for i, tier in enumerate(TIERS):
         panel.hlines(TARGETS[tier], 3 * i - 0.5, 3 * i + 2.5, "C3", label=None if i else "target, mean of the tier")
@@ -686,7 +683,7 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> int:
     """Load (labels: see true_heights), split, train, report. Returns the exit status."""
     settings = replace(settings, precision=precision_for(settings.precision))
     dataset = load_dataset(*settings.data, labels=labels)
-    read_baselines(dataset.sha256, settings.seed)  # Raises before training, not after it.
+    read_baselines(dataset.sha256)  # Raises before training, not after it.
     work = settings.output / "unfinished"
     if fresh:
         shutil.rmtree(work, ignore_errors=True)

@@ -22,7 +22,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.command_line import OneLineParser, status_of_main, whole
-from data.files import InputError, one_line, read_codes, read_heights, write_heights
+from data.files import InputError, read_codes, read_heights, write_heights
 from data.heights import GROUPS, Codes, Dataset, N, code_keys, flatten, m_heights, minors, unflatten
 from data.matrices import low_matrices, random_matrices
 
@@ -31,8 +31,6 @@ SEED = 5
 
 # The share of each group that low_matrices makes; random_matrices makes the rest.
 LOW_SHARE = 0.1
-
-BASELINES = Path(__file__).with_name("baselines.csv")
 
 # Heights that agree to this much in log2 are the same: files may have been labelled by a numerical solver.
 LABEL_TOLERANCE = 1e-4
@@ -115,23 +113,6 @@ def find_course_files(folder: Path) -> tuple[Path, Path]:
             raise InputError(f"{folder}: found {len(names)} files {pattern}, expected 1; name the two files instead")
         found += names
     return found[0], found[1]
-
-
-def read_baselines(sha256: str, seed: int, path: Path = BASELINES) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Two tables of log2-MSE by k and m (index) and run (columns), published and measured; then the latter's runs.
-
-    The first has Run 2 and Run 4; the second what data/rerun_baselines.py measured with the dataset of this hash and
-    this seed; the third a row for each run of the second. Raises InputError if a published figure is not there.
-    """
-    try:
-        rows = pd.read_csv(path)
-        both = rows[rows["source"] == "published"], rows[(rows["dataset"] == sha256) & (rows["seed"] == seed)]
-        published, measured = (part.pivot(index=["k", "m"], columns="run", values="log2_mse") for part in both)
-        published = published.loc[list(GROUPS), ["Run 2", "Run 4"]].astype(float)
-        return published, measured.reindex(published.index), both[1].drop_duplicates("run").set_index("run")
-    except (OSError, ValueError, KeyError) as error:
-        expected = "expected published Run 2 and Run 4 figures of the nine groups"
-        raise InputError(f"{path}: {expected} ({one_line(error)})") from None
 
 
 # --- labels of a file -----------------------------------------------------------------------------------------------

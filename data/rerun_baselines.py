@@ -1,10 +1,10 @@
-"""Run 2, Run 4 and Run 5 on raw P, trained on the dataset and the split of train_model_v5.py.
+"""Earlier runs, and Run 5 with other settings, trained on the dataset and the split of train_model_v5.py.
 
-    python data/rerun_baselines.py [--runs run2 run4 run4-curriculum run5-raw run2-shared]
+    python data/rerun_baselines.py [--runs run2 run4 run4-curriculum run5-raw ...] [--seed 42]
 
 Writes a row for each run and (k, m) group to data/baselines.csv, beside the published figures: log2-MSE of the epoch
-with the lowest val_loss on the validation rows. A run takes half an hour to hours on two cores. One that was stopped
-is resumed by the same command.
+with the lowest val_loss, on the validation set and on the test set. data/comparison.py says what each run is. A run
+takes half an hour to hours on two cores. One that was stopped is resumed by the same command.
 
 Run 2 and Run 4 are built from descriptions of their scripts: layers, weights, optimizer and callbacks as they were,
 except that no code is in training and validation at once. `run2-shared` is there for the contrast: Run 2 on a third of
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_model_v5 as run5
 from data import prepare
 from data.command_line import OneLineParser, status_of_main, whole
+from data.comparison import BASELINES, RAW, SHARED
 from data.files import InputError, write_whole
 from data.heights import GROUPS, P_WIDTH
 
@@ -35,8 +36,8 @@ import pandas as pd
 from keras import layers
 from sklearn.model_selection import train_test_split
 
-COLUMNS = ["run", "source", "k", "m", "log2_mse", "n", "epochs", "best_epoch", "ended", "parameters", "seconds"]
-COLUMNS += ["seed", "dataset"]
+COLUMNS = ["run", "source", "k", "m", "log2_mse", "test_log2_mse", "n", "epochs", "best_epoch", "ended", "parameters"]
+COLUMNS += ["seconds", "seed", "dataset"]
 
 
 # --- networks -------------------------------------------------------------------------------------------------------
@@ -159,10 +160,20 @@ RUN4 = Recipe("Run 4", build_run4, no_weights, 7e-4, cosine, 25, (0.5, 10, 1e-7)
 RECIPES = {
     "run2": RUN2,
     "run4": RUN4,
-    "run4-curriculum": replace(RUN4, name=run5.CURRICULUM, weights=curriculum),
-    "run2-shared": replace(RUN2, name="Run 2, codes shared", shared=True),
+    "run4-curriculum": replace(RUN4, name="Run 4, curriculum", weights=curriculum),
+    "run2-shared": replace(RUN2, name=SHARED, shared=True),
 }
-RUNS = ["run2", "run4", "run4-curriculum", "run5-raw", "run2-shared"]
+# Run 5 with other settings than its defaults.
+WITHOUT_EXTRA, ON_P = {"extra_codes": 0}, {"features": "raw"}
+VARIANTS = {
+    "run5-raw": (RAW, ON_P | WITHOUT_EXTRA),
+    "run5-raw-weights-1": ("raw P, weights 1", ON_P | WITHOUT_EXTRA | {"group_weights": dict.fromkeys(GROUPS, 1.0)}),
+    "run5-raw-weights-5": ("raw P, weights 5", ON_P | WITHOUT_EXTRA | {"group_weights": RUN2_WEIGHTS}),
+    "run5-raw-extra": ("raw P, more codes", ON_P),
+    "run5-without-extra": ("no extra codes", WITHOUT_EXTRA),
+    "run5-without-dropout": ("no dropout", {"dropout": 0.0}),
+}
+RUNS = [*(run for run in RECIPES if run != "run2-shared"), *VARIANTS, "run2-shared"]
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -194,8 +205,18 @@ class WeightedBatches(run5.Batches):
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
+def errors_of(model: keras.Model, val_set: run5.Dataset, test_set: run5.Dataset) -> pd.DataFrame:
+    """The run's log2-MSE by (k, m) group (rows), on the validation set and on the test set, as the csv has them."""
+    tables = []
+    for name, data in (("log2_mse", val_set), ("test_log2_mse", test_set)):
+        predicted = pd.DataFrame({name: np.log2(run5.predict_all(model, data)[:, 0].astype(float))})
+        tables.append(run5.group_errors(data, data.log2_height, predicted))
+    return tables[0].join(tables[1]["test_log2_mse"]).reset_index()
+
+
 def train_recipe(recipe: Recipe, dataset: run5.Dataset, settings: run5.Settings, work: Path) -> pd.DataFrame:
     """Train or go on; returns the run's rows for the csv."""
+    test_set = prepare.make_dataset(settings.test_codes, run5.TEST_SEED, known=dataset.key.tolist())
     if recipe.shared:
         train_set, val_set = with_shared_codes(dataset, settings.seed)
     else:
@@ -219,26 +240,24 @@ def train_recipe(recipe: Recipe, dataset: run5.Dataset, settings: run5.Settings,
     run5.fit(network, WeightedBatches(train_set, settings, recipe), val_set, callbacks, checkpoint)
     if checkpoint.diverged:
         raise InputError(f"{work}: the loss of {recipe.name} became NaN or infinite")
-    heights = run5.predict_all(run5.load_trained(work / "best_model.h5"), val_set)[:, 0].astype(float)
-    predicted = pd.DataFrame({"log2_mse": np.log2(heights)})
-    table = run5.group_errors(val_set, val_set.log2_height, predicted).reset_index()
     best_epoch = 1 + int(np.argmin([row["val_loss"] for row in checkpoint.history]))
     complete = checkpoint.early_stop or settings.epochs == recipe.epochs
+    table = errors_of(run5.load_trained(work / "best_model.h5"), val_set, test_set)
     table = table.assign(run=recipe.name, epochs=len(checkpoint.history), best_epoch=best_epoch)
     table = table.assign(ended="complete" if complete else f"--epochs {settings.epochs}")
     return table.assign(parameters=model.count_params(), seconds=round(checkpoint.seconds))
 
 
-def train_run5_raw(settings: run5.Settings, work: Path) -> pd.DataFrame:
-    """The same for Run 5 on raw P without extra codes, trained by train_model_v5.py itself."""
-    whole = run5.Settings().epochs
-    settings = replace(settings, features="raw", extra_codes=0, precision="float32", output=work)
+def train_variant(name: str, changes: dict, settings: run5.Settings, work: Path) -> pd.DataFrame:
+    """The same for Run 5 with other settings, trained by train_model_v5.py itself."""
+    settings = replace(settings, precision="float32", output=work, **changes)
     if status := run5.run(settings, labels="trust"):
-        raise InputError(f"{work}: Run 5 on raw P ended with status {status}")
+        raise InputError(f"{work}: {name} ended with status {status}")
     results = json.loads((work / "metrics.json").read_text(encoding="utf-8"))
-    table = pd.DataFrame(results["errors"]["validation"]).rename(columns={"run5": "log2_mse"})
-    complete = results["ended"] == "early stopping" or settings.epochs == whole
-    table = table.assign(run=run5.RAW, epochs=results["epochs_run"], best_epoch=results["best_epoch"])
+    val, test = (pd.DataFrame(results["errors"][errors]) for errors in ("validation", "test"))
+    table = val.rename(columns={"run5": "log2_mse"}).assign(test_log2_mse=test["run5"])
+    complete = results["ended"] == "early stopping" or settings.epochs == run5.Settings().epochs
+    table = table.assign(run=name, epochs=results["epochs_run"], best_epoch=results["best_epoch"])
     table = table.assign(ended="complete" if complete else results["ended"])
     return table.assign(parameters=results["parameters"], seconds=round(results["times"]["training_seconds"]))
 
@@ -256,16 +275,17 @@ def train_runs(runs: Sequence[str], settings: run5.Settings, work: Path, csv: Pa
     """Train these runs one after the other and write their rows. `work` holds the state of what is unfinished."""
     dataset = run5.load_dataset(*settings.data)
     for run in runs:
-        folder = work / run
+        folder = work / f"{run}-{settings.seed}"
         print(f"{run}: {folder}", flush=True)
         keras.utils.clear_session()
-        if run == "run5-raw":
-            table = train_run5_raw(settings, folder)
+        if run in VARIANTS:
+            table = train_variant(*VARIANTS[run], settings, folder)
         else:
             table = train_recipe(RECIPES[run], dataset, settings, folder)
         table = table.assign(source="measured", seed=settings.seed, dataset=dataset.sha256)
         write_rows(table, csv)
-        print(f"{csv}: {run}, mean of the groups {table['log2_mse'].mean():.6f}", flush=True)
+        val, test = table["log2_mse"].mean(), table["test_log2_mse"].mean()
+        print(f"{csv}: {run}, means of the groups: validation {val:.6f}, test {test:.6f}", flush=True)
         shutil.rmtree(folder)
 
 
@@ -281,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="(default: all)")
     parser.add_argument("--data", type=Path, nargs="+", default=default.data, help="as in train_model_v5.py")
     parser.add_argument("--output", type=Path, default=default.output / "unfinished_baselines", help="their state")
-    parser.add_argument("--csv", type=Path, default=prepare.BASELINES, help="where the rows go")
+    parser.add_argument("--csv", type=Path, default=BASELINES, help="where the rows go")
     about = "at most so many, and what a run has"
     parser.add_argument("--epochs", type=whole(1, 10**6), default=default.epochs, help=about)
     about = "of split, weights, order and dropout"

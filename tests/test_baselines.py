@@ -9,7 +9,7 @@ import pytest
 from conftest import NARROW
 
 import train_model_v5 as run5
-from data import prepare
+from data import comparison
 from data import rerun_baselines as baselines
 from data.heights import GROUPS
 
@@ -78,35 +78,78 @@ def test_shared_codes_are_a_third_three_times_and_validation_codes_mostly_in_tra
 
 def test_runs_write_their_rows_and_the_report_shows_them(eager, small_npz, small, tmp_path):
     csv = tmp_path / "baselines.csv"
-    published = pd.read_csv(prepare.BASELINES).query("source == 'published'")
+    published = pd.read_csv(comparison.BASELINES).query("source == 'published'")
     published.to_csv(csv, index=False)
     settings = run5.Settings(data=(small_npz,), epochs=1, width=NARROW, batch_size=306, test_codes=10)
-    runs = [run for run in baselines.RUNS if run != "run4-curriculum"]
+    runs = ["run2", "run4", "run5-raw", "run5-raw-weights-5", "run2-shared"]
     baselines.train_runs(runs, settings, tmp_path / "work", csv)
     rows = pd.read_csv(csv)
     pd.testing.assert_frame_equal(rows.query("source == 'published'"), published, check_dtype=False)
     measured = rows.query("source == 'measured'")
-    names = ["Run 2", "Run 4", "Run 5, raw P", "Run 2, codes shared"]
+    names = ["Run 2", "Run 4", "Run 5, raw P", "raw P, weights 5", "Run 2, shared"]
     assert list(measured["run"].unique()) == names
-    assert len(measured) == 36 and set(measured["ended"]) == {"--epochs 1"} and set(measured["epochs"]) == {1}
-    assert measured["log2_mse"].between(0.1, 1000).all() and list((tmp_path / "work").iterdir()) == []
+    assert len(measured) == 45 and set(measured["ended"]) == {"--epochs 1"} and set(measured["epochs"]) == {1}
+    assert measured[["log2_mse", "test_log2_mse"]].stack().between(0.1, 1000).all()
+    assert (measured["log2_mse"] != measured["test_log2_mse"]).all() and list((tmp_path / "work").iterdir()) == []
     assert set(measured["dataset"]) == {small.sha256}
 
-    _, table, runs = prepare.read_baselines(small.sha256, 42, csv)
-    assert sorted(table.columns) == sorted(names)
-    errors = dict.fromkeys(("validation", "test", "low codes"), pd.DataFrame({"run5": 0.5, "n": 6}, table.index))
-    text = run5.same_split_text(errors, table)
-    for run in ("Run 2", "Run 4", "Run 5, raw P"):
-        figures = measured.query("run == @run")["log2_mse"]
-        assert len(re.findall(rf" {run} +{figures.iloc[0]:.3f} .* {figures.mean():.3f}$", text, re.M)) == 1
-    assert "shared" not in text and set(runs["ended"]) == {"--epochs 1"}
+    tables = comparison.measured_errors(comparison.read_baselines(small.sha256, csv)[1], 42)
+    assert list(tables["validation"]) == names[:4] and list(tables["test"]) == names
+    ours = pd.DataFrame({"run5": 0.5, "n": 6}, tables["test"].index)
+    text = run5.same_split_text(dict.fromkeys(("validation", "test", "low codes"), ours), tables)
+    for column, shown in (("log2_mse", names[:4]), ("test_log2_mse", names)):
+        for run in shown:
+            figures = measured.query("run == @run")[column]
+            assert len(re.findall(rf" {run} +{figures.iloc[0]:.3f} .* {figures.mean():.3f}$", text, re.M)) == 1
     for sha256, seed in ((small.sha256, 43), ("another", 42)):
-        assert prepare.read_baselines(sha256, seed, csv)[1].empty
+        assert comparison.measured_errors(comparison.read_baselines(sha256, csv)[1], seed)["test"].empty
+
+
+def test_every_run_has_its_words_and_the_changes_are_between_runs_that_are_trained():
+    names = [recipe.name for recipe in baselines.RECIPES.values()] + [name for name, _ in baselines.VARIANTS.values()]
+    assert sorted(names) == sorted(comparison.RUNS)
+    assert all({run, base} <= {*comparison.RUNS, comparison.RUN5} for _, run, base in comparison.CHANGES)
+    assert [len(name) <= 17 for name in comparison.RUNS] == [True] * 10  # So that the report has 100 columns at most.
+    changed = {name: changes for name, changes in baselines.VARIANTS.values()}
+    for what, run, base in comparison.CHANGES:
+        if run in changed and base in changed:
+            differs = {
+                name for name in changed[run] | changed[base] if changed[run].get(name) != changed[base].get(name)
+            }
+            assert len(differs) == 1, what
+
+
+def test_the_report_says_what_a_change_does_for_each_tier_and_seed():
+    published = pd.read_csv(comparison.BASELINES).query("run == 'Run 4'")
+    factor = published.apply(lambda row: 2.0 if (row["k"], row["m"]) in comparison.TIERS["hard"] else 0.5, axis=1)
+    own = published.assign(source="measured", ended="complete", epochs=7, parameters=9, test_log2_mse=1.0)
+    rows = pd.concat(
+        [
+            own.assign(run="raw P, weights 1", seed=42),
+            own.assign(run="raw P, weights 1", seed=1),
+            own.assign(run="raw P, weights 5", seed=42, test_log2_mse=factor),
+            own.assign(run="raw P, weights 5", seed=1, test_log2_mse=1.1, ended="--epochs 7"),
+            own.assign(run="no dropout", seed=42, test_log2_mse=0.9),
+            own.assign(run="no dropout", seed=1, test_log2_mse=0.8),
+            own.assign(run="Run 2, shared", seed=42, log2_mse=0.25, test_log2_mse=factor),
+        ]
+    )
+    run5_errors = pd.Series(1.0, pd.MultiIndex.from_tuples(GROUPS, names=["k", "m"]))
+    text = comparison.runs_text(rows, 42, run5_errors)
+    weights = "on raw P: easy +10%, -50%; medium +10%, -50%; hard +10%, +100% (seed 1, 42)."
+    assert f"- Weights of 1 to 5 in place of equal ones, {weights}" in text
+    assert "- No dropout: easy -10%; medium -10%; hard -10% (seed 42)." in text
+    shared = "easy 0.250, medium 0.250, hard 0.250 on its validation rows, most of whose codes are in training; "
+    assert f"Run 2, shared: {shared}easy 0.500, medium 0.500, hard 2.000 on the test set" in text
+    assert "The design's weights" not in text and "curriculum" not in text
+    assert "raw P, weights 5 " in text and "(9 parameters, 7 epochs)" in text and "stopped by" not in text
+    assert "stopped by --epochs 7" in comparison.runs_text(rows, 1, run5_errors)
+    assert comparison.runs_text(rows, 2, run5_errors) == "not trained on this dataset with this seed."
 
 
 def test_a_run_that_was_stopped_goes_on_and_other_rows_stay(eager, small_npz, tmp_path):
     csv = tmp_path / "baselines.csv"
-    pd.read_csv(prepare.BASELINES).query("source == 'published'").to_csv(csv, index=False)
+    pd.read_csv(comparison.BASELINES).query("source == 'published'").to_csv(csv, index=False)
     settings = run5.Settings(data=(small_npz,), epochs=3, width=NARROW, batch_size=306)
     recipe = replace(baselines.RUN2, epochs=3)
     start = baselines.WeightedBatches.start_epoch

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import train_model_v5 as run5
 from data import prepare
+from data.comparison import read_baselines
 from data.files import InputError, read_codes, read_heights
 from data.heights import GROUPS, Codes, N, flatten, m_heights, unflatten
 
@@ -306,7 +307,7 @@ def test_a_published_table_that_is_torn_is_refused(tmp_path):
         if content is not None:
             path.write_text(content)
         with pytest.raises(InputError, match=r"baselines\.csv: expected published"):
-            prepare.read_baselines("any", 42, path)
+            read_baselines("any", path)
 
 
 # Pieces that a pickle can be made of, those of real course files among them, and any change of a real file's bytes.

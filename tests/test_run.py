@@ -171,7 +171,7 @@ def test_the_report_says_what_was_run(finished, metrics):
         "negative means that Run 5 has the smaller error",
         "Run 2 and Run 4 are as published",
         "heights as in the file, 360 of them checked; 0 more rows left out",
-        "Earlier runs, weighting and data leakage (data/rerun_baselines.py): not trained on this dataset",
+        "Other trainings (data/rerun_baselines.py): not trained on this dataset with this seed",
     ):
         assert said in report
 
@@ -233,18 +233,20 @@ def test_the_report_is_renewed_with_the_measured_runs(finished, metrics, tmp_pat
     assert capsys.readouterr().out.strip() == before.strip()
     assert sorted(path.name for path in output.iterdir()) == RESULTS
 
-    rows = pd.read_csv(prepare.BASELINES).query("source == 'published'").astype(object)
+    rows = pd.read_csv(run5.BASELINES).query("source == 'published'").astype(object)
     own = rows[rows["run"] == "Run 4"].assign(source="measured", dataset=metrics["dataset"]["sha256"], seed=42)
-    own = own.assign(log2_mse=2.0, epochs=7, best_epoch=5, ended="complete", parameters=9)
-    raw = own.assign(run=run5.RAW, log2_mse=1.5)
-    shared = own.assign(run="Run 2, codes shared", log2_mse=0.5, epochs=8)
+    own = own.assign(log2_mse=2.0, test_log2_mse=2.5, epochs=7, best_epoch=5, ended="complete", parameters=9)
+    raw = own.assign(run=run5.RAW, log2_mse=1.5, test_log2_mse=1.25)
+    shared = own.assign(run="Run 2, shared", log2_mse=0.5, epochs=8)
     pd.concat([rows, own, raw, shared]).to_csv(tmp_path / "baselines.csv", index=False)
     picture = (output / "comparison.png").read_bytes()
     report = run5.write_report(metrics, output, tmp_path / "baselines.csv")
-    assert re.search(r"^ +Run 4 +2.000( +2.000){12}$", report, re.M)
-    assert "which the design has as its input, reaches 1.5000 (validation)" in " ".join(report.split())
-    assert re.search(r"^Run 4 +9 +7 +complete$", report, re.M)
-    assert re.search(r"^Run 2, codes shared +9 +8 +complete$", report, re.M)
+    assert re.search(r"^ +Run 4 +2.000( +2.000){12}\n +Run 5, raw P +1.500.*\n +Run 5 ", report, re.M)
+    assert re.search(r"^ +Run 4 +2.500( +2.500){12}\n.*\n +Run 2, shared +2.500.*\n +Run 5 ", report, re.M)
+    words = " ".join(report.split())
+    assert "which the design has as its input, reaches 1.2500 (test), 1.5000 (validation)" in words
+    assert "Run 2, shared Run 2 on a third of the codes, each three times" in words
+    assert "hard 0.500 on its validation rows" in words
     assert (output / "comparison.png").read_bytes() != picture
 
 
