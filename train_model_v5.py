@@ -556,7 +556,7 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
         "published": comparison_text(published.assign(**{"Run 5": validation["run5"]}), validation["n"]),
         "targets": targets.to_string(na_rep="", float_format="{:.4f}".format),
         "same_split": same_split_text(errors, measured),
-        "runs": runs_text(rows, seed, errors["test"]["run5"]),
+        "runs": runs_text(rows, seed, errors["test"]["run5"], published),
         "sets": ", ".join(f"{name} {n:,} rows" for name, n in pd.DataFrame(results["sets"]).sum()[2:].items()),
         "labels": results["dataset"].get("labels", "as in the file"),
         "packages": ", ".join(f"{name} {number}" for name, number in results["versions"].items()),

@@ -70,11 +70,14 @@ def measured_errors(rows: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
 def tier_means(errors: pd.DataFrame) -> pd.DataFrame:
     """The mean of each column over the groups of each tier, and over all nine. errors: indexed by k and m."""
     tiers = (TIERS | {"overall": GROUPS}).items()
-    return pd.DataFrame({tier: errors.loc[list(groups)].mean() for tier, groups in tiers}).T
+    return pd.DataFrame({tier: errors.loc[list(groups)].mean(numeric_only=True) for tier, groups in tiers}).T
 
 
-def runs_text(rows: pd.DataFrame, seed: int, run5: pd.Series) -> str:
-    """What the runs were, and what they show. run5: the test errors of the present run, of this seed, by k and m."""
+def runs_text(rows: pd.DataFrame, seed: int, run5: pd.Series, published: pd.DataFrame) -> str:
+    """What the runs were, and what they show.
+
+    rows, published: of read_baselines. run5: the test errors of the present run, which has this seed, by k and m.
+    """
     here = rows[rows["seed"] == seed].drop_duplicates("run").set_index("run")
     if here.empty:
         return "not trained on this dataset with this seed."
@@ -82,13 +85,15 @@ def runs_text(rows: pd.DataFrame, seed: int, run5: pd.Series) -> str:
     for run in [run for run in RUNS if run in here.index]:
         about = here.loc[run]
         ended = "" if about["ended"] == "complete" else f", stopped by {about['ended']}"
-        lines.append(
-            f"{run:<18} {RUNS[run]} ({about['parameters']:,.0f} parameters, {about['epochs']:.0f} epochs{ended})"
-        )
+        size = f"{about['parameters']:,.0f} parameters, {about['epochs']:.0f} epochs{ended}"
+        lines.append(f"{run:<18} {RUNS[run]} ({size})")
     tiers = {(RUN5, seed): tier_means(run5.to_frame("error"))["error"]}
     for each, table in rows.dropna(subset="test_log2_mse").groupby(["run", "seed"]):
-        tiers[each] = tier_means(table.set_index(["k", "m"])[["test_log2_mse"]])["test_log2_mse"]
-    said = [change_text(tiers, *change) for change in CHANGES] + [leak_text(rows, seed)]
+        tiers[each] = tier_means(table.set_index(["k", "m"]))["test_log2_mse"]
+    said = [change_text(tiers, *change) for change in CHANGES]
+    if (SHARED, seed) in tiers:
+        shared = rows[(rows["run"] == SHARED) & (rows["seed"] == seed)].set_index(["k", "m"])
+        said.append(leak_text(tier_means(shared)["log2_mse"], tiers[SHARED, seed], tier_means(published)["Run 2"]))
     if any(said):
         lines += ["", "What they show: how the test error of a tier changes, for each seed"]
     return "\n".join(lines + [text for text in said if text])
@@ -97,20 +102,15 @@ def runs_text(rows: pd.DataFrame, seed: int, run5: pd.Series) -> str:
 def change_text(tiers: dict[tuple[str, int], pd.Series], what: str, run: str, base: str) -> str:
     """One line on what a change did to the test errors of the tiers, for every seed that both runs have."""
     seeds = [seed for name, seed in tiers if name == run and (base, seed) in tiers]
-    if not seeds:
-        return ""
     parts = []
     for tier in TIERS:
         changes = [tiers[run, seed][tier] / tiers[base, seed][tier] - 1 for seed in seeds]
         parts.append(f"{tier} {', '.join(f'{change:+.0%}' for change in changes)}")
-    return f"- {what}: {'; '.join(parts)} (seed {', '.join(map(str, seeds))})."
+    return f"- {what}: {'; '.join(parts)} (seed {', '.join(map(str, seeds))})." if seeds else ""
 
 
-def leak_text(rows: pd.DataFrame, seed: int) -> str:
-    """One line on the run whose validation codes are in training: its error on them, and on new codes."""
-    shared = rows[(rows["run"] == SHARED) & (rows["seed"] == seed)]
-    if shared.empty:
-        return ""
-    means = tier_means(shared.set_index(["k", "m"])[["log2_mse", "test_log2_mse"]])
-    own, new = (", ".join(f"{tier} {means[column][tier]:.3f}" for tier in TIERS) for column in means)
-    return f"- {SHARED}: {own} on its validation rows, most of whose codes are in training; {new} on the test set."
+def leak_text(own: pd.Series, new: pd.Series, published: pd.Series) -> str:
+    """One line on the run whose validation codes are in training too: its error on them and on new codes."""
+    own, new, published = (", ".join(f"{tier} {means[tier]:.3f}" for tier in TIERS) for means in (own, new, published))
+    about = "on its validation rows, most of whose codes are in training too"
+    return f"- {SHARED}: {own} {about}; {new} on the test set. Run 2 was published with {published}."

@@ -135,16 +135,18 @@ def test_the_report_says_what_a_change_does_for_each_tier_and_seed():
         ]
     )
     run5_errors = pd.Series(1.0, pd.MultiIndex.from_tuples(GROUPS, names=["k", "m"]))
-    text = comparison.runs_text(rows, 42, run5_errors)
+    earlier = comparison.read_baselines("any")[0]
+    text = comparison.runs_text(rows, 42, run5_errors, earlier)
     weights = "on raw P: easy +10%, -50%; medium +10%, -50%; hard +10%, +100% (seed 1, 42)."
     assert f"- Weights of 1 to 5 in place of equal ones, {weights}" in text
     assert "- No dropout: easy -10%; medium -10%; hard -10% (seed 42)." in text
-    shared = "easy 0.250, medium 0.250, hard 0.250 on its validation rows, most of whose codes are in training; "
-    assert f"Run 2, shared: {shared}easy 0.500, medium 0.500, hard 2.000 on the test set" in text
+    shared = "easy 0.250, medium 0.250, hard 0.250 on its validation rows, most of whose codes are in training too; "
+    assert f"Run 2, shared: {shared}easy 0.500, medium 0.500, hard 2.000 on the test set." in text
+    assert "Run 2 was published with easy 0.102, medium 0.264, hard 1.154." in text
     assert "The design's weights" not in text and "curriculum" not in text
     assert "raw P, weights 5 " in text and "(9 parameters, 7 epochs)" in text and "stopped by" not in text
-    assert "stopped by --epochs 7" in comparison.runs_text(rows, 1, run5_errors)
-    assert comparison.runs_text(rows, 2, run5_errors) == "not trained on this dataset with this seed."
+    assert "stopped by --epochs 7" in comparison.runs_text(rows, 1, run5_errors, earlier)
+    assert comparison.runs_text(rows, 2, run5_errors, earlier) == "not trained on this dataset with this seed."
 
 
 def test_a_run_that_was_stopped_goes_on_and_other_rows_stay(eager, small_npz, tmp_path):
