@@ -509,8 +509,9 @@ validation codes in training too. So they do not tell what these networks reach 
 "vs" is Run 5 / other - 1: negative means that Run 5 has the smaller error. Run 5 is on the
 validation set here. The design quotes 0.538 for Run 4; its published groups have the mean above.
 
-Targets: each figure is to be below its limit, on the validation set and on the test set. The first
-five are the design's; the others were set for this project before the run.
+Targets: each figure is to be below its limit, on the validation set and on the test set (low codes:
+on the test set). The first five are the design's; the others were set for this project before the
+run.
 {targets}
 
 Same data, same split: log2-MSE on the validation set (val), the test set, and its low codes (low)
@@ -529,7 +530,8 @@ Departures from the design
   largest bound among them is added to the softplus at the output. (Neither with --features raw.)
 - Features are scaled by the training set's mean and deviation, and kept within 8 deviations.
 - {extra_codes:,} extra codes for training. An epoch is {rows_an_epoch:,} rows of the training set, sampled evenly.
-- Early stopping does not count an improvement of val_loss by less than {settings[stop_min_delta]} (min_delta).
+- Early stopping does not count an improvement of val_loss by less than {settings[stop_min_delta]} (min_delta),
+  so the best epoch can come much later than the epoch that it counted from.
 - Codes are split, not rows, so that no code is in two sets. There is a test set.
 - {parameters:,} parameters. The design says 3-4 million, but its layers have 5,630,369 on P.
 
@@ -537,7 +539,7 @@ sets            {sets}, made by data/prepare.py; no code is in two of them
 run             {epochs_run} epochs, ended by {ended}, best epoch {best_epoch} by val_loss
 training        seed {settings[seed]}, {settings[precision]}, {seconds:.0f} s
 dataset         {dataset[file]}, {dataset[rows]:,} rows, {dataset[duplicates]:,} of them duplicates
-heights         {labels}; {dataset[infinite]:,} more rows left out, whose height is infinite
+heights         {labels}; {dataset[infinite]:,} rows of infinite height left out
 sha256          {dataset[sha256]}
 versions        {packages}
 machine         {machine}, {times[finished]}
@@ -637,7 +639,7 @@ def plot_comparison(published: pd.DataFrame, test: pd.DataFrame, measured: pd.Da
         panel.axvline(3 * i - 0.5, color="lightgray")
         panel.text(3 * i + 1, 6, tier, horizontalalignment="center")
     panel.set_xticks(x, [f"k={k}, m={m}" for k, m in groups])
-    panel.set(title="Run 5, earlier runs as published (other data, leaked split), simple models", yscale="log")
+    panel.set(title="Run 5, earlier runs as published (on other data and another split), simple models", yscale="log")
     panel.set(ylabel=f"MSE of log2 height ({least:g}: this or less)", ylim=(least / 2, 10), xlim=(-0.5, 8.5))
     panel.grid(axis="y", alpha=0.3)
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4)

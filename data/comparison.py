@@ -19,7 +19,7 @@ RUNS = {
     "Run 2": "Run 2 as it was built, except that no code is in training and validation at once",
     "Run 4": "Run 4 as it ran, with equal weights; 15.9 million parameters, where the design says about 8",
     "Run 4, curriculum": "Run 4 with the weights by epoch that were written for it and never in force",
-    RAW: "Run 5 on the entries of P without extra codes: the design to the letter",
+    RAW: "Run 5 on the entries of P without extra codes: the design's input",
     "raw P, weights 1": "the same with equal weights of all groups, where the design has 1 to 2",
     "raw P, weights 5": "the same with the weights of Run 2, 1 to 5",
     "raw P, more codes": "Run 5 on the entries of P, with extra codes",
