@@ -458,7 +458,7 @@ def verdict_text(errors: dict[str, pd.DataFrame], targets: pd.DataFrame, measure
     inner, beats = errors["test"].loc[INNER_GROUPS], "beats" if test["run5"] < test["ridge"] else "LOSES TO"
     bound = f" and {test['bound']:.4f} by the largest bound" if "bound" in test else ""
     raw = [f"{table[RAW].mean():.4f} ({name})" for name, table in measured.items() if RAW in table]
-    raw = f"reaches {', '.join(raw[::-1])}" if raw else "was not trained on this dataset"
+    raw = f"reaches {', '.join(raw[::-1])}" if raw else "was not trained with this dataset and seed"
     missed = "".join(f" MISSED: {target}." for target in targets.index[targets["met"] == "MISSED"])
     sentences = [
         f"Test error {test['run5']:.4f}, validation error {validation['run5']:.4f}. (An error here is a log2-MSE, the "

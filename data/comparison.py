@@ -80,7 +80,7 @@ def runs_text(rows: pd.DataFrame, seed: int, run5: pd.Series, published: pd.Data
     """
     here = rows[rows["seed"] == seed].drop_duplicates("run").set_index("run")
     if here.empty:
-        return "not trained on this dataset with this seed."
+        return "not trained with this dataset and seed."
     lines = ["on the split of Run 5, without extra codes unless said otherwise"]
     for run in [run for run in RUNS if run in here.index]:
         about = here.loc[run]

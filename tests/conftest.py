@@ -20,7 +20,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Under -m slow hypothesis' tests run too, with more examples."""
+    """Under -m slow hypothesis' tests run too, with more examples. The file that takes longest comes first."""
+    items.sort(key=lambda item: item.path.name != "test_run.py")
     for item in items:
         if config.option.markexpr == "slow" and hasattr(item.obj, "is_hypothesis_test"):
             item.add_marker("slow")

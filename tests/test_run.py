@@ -155,7 +155,7 @@ def test_the_report_begins_with_its_verdict(finished, metrics):
     rows = [row for row in metrics["errors"]["test"] if row["m"] < 9 - row["k"]]
     six = [np.mean([row[run] for row in rows]) for run in ("run5", "ridge")]
     assert f"it has {six[0]:.4f} against {six[1]:.4f}" in verdict
-    assert "which the design has as its input, was not trained on this dataset" in verdict
+    assert "which the design has as its input, was not trained with this dataset and seed" in verdict
 
 
 def test_the_report_says_what_was_run(finished, metrics):
@@ -171,7 +171,7 @@ def test_the_report_says_what_was_run(finished, metrics):
         "negative means that Run 5 has the smaller error",
         "Run 2 and Run 4 are as published",
         "heights as in the file, 360 of them checked; 0 rows of infinite height left out",
-        "Other trainings (data/rerun_baselines.py): not trained on this dataset with this seed",
+        "Other trainings (data/rerun_baselines.py): not trained with this dataset and seed",
     ):
         assert said in report
 
