@@ -123,7 +123,8 @@ def codes_from_rows(source: Path | str, rows: Sequence, trained: bool = True) ->
 
 
 def _checked(source: Path | str, codes: Codes) -> Codes:
-    """The codes, if the entries of P are finite, in range, and zero where they are padded. Else raises InputError."""
+    """The codes, P as wide as Codes has it, if its entries are finite, in range and zero where they are padded. Else
+    raises InputError."""
     if not len(codes.P):
         raise InputError(f"{source}: found no rows, expected codes")
     size, entries = np.abs(codes.P), codes.k * (codes.n - codes.k)
@@ -133,7 +134,8 @@ def _checked(source: Path | str, codes: Codes) -> Codes:
     _refuse_first(source, sized, lambda i: f"an entry of P out of range, {limits}")
     padded = (size == 0).all(axis=1, where=np.arange(size.shape[1]) >= entries[:, None])
     _refuse_first(source, padded, lambda i: f"more than k * (n - k) = {entries[i]} entries in P")
-    return codes
+    P = codes.P[:, : max(P_WIDTH, entries.max())]
+    return codes._replace(P=np.pad(P, ((0, 0), (0, max(0, P_WIDTH - P.shape[1])))))
 
 
 def _array(value, depth: int = 2) -> np.ndarray | None:

@@ -253,6 +253,8 @@ def test_rows_of_infinite_height_are_left_out_and_counted(tmp_path, course, arra
     course[1].write_bytes(pickle.dumps([np.inf] * 360))
     with pytest.raises(InputError, match="found infinite heights alone"):
         run5.load_dataset(*course)
+    assert run5.main([*map(str, arguments)]) == 0
+    assert "360 rows of infinite height left out" in capsys.readouterr().out
 
 
 def test_codes_and_heights_must_be_equally_many(course):
@@ -444,6 +446,15 @@ def test_an_npz_with_n_needs_room_for_every_matrix(tmp_path):
     np.savez(tmp_path / "codes.npz", **columns | {"n": [9.5, 10]})
     with pytest.raises(InputError, match=r"row 0: found n = 9.5, expected an integer"):
         read_codes(tmp_path / "codes.npz", trained=False)
+
+
+@pytest.mark.parametrize("width", [18, 36])
+def test_an_npz_with_n_may_have_another_width(tmp_path, arrays, width):
+    inside = arrays["k"] == 6
+    kept = {name: arrays[name][inside] for name in ("k", "m", "P", "height")}
+    P = np.pad(kept["P"][:, :18], ((0, 0), (0, width - 18)))
+    np.savez(tmp_path / "codes.npz", **kept | {"n": np.full(len(P), 9), "P": P})
+    np.testing.assert_array_equal(run5.load_dataset(tmp_path / "codes.npz").P, kept["P"])
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system cannot bind a process to a core")
