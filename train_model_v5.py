@@ -458,7 +458,7 @@ def verdict_text(errors: dict[str, pd.DataFrame], targets: pd.DataFrame, measure
     inner, beats = errors["test"].loc[INNER_GROUPS], "beats" if test["run5"] < test["ridge"] else "LOSES TO"
     bound = f" and {test['bound']:.4f} by the largest bound" if "bound" in test else ""
     raw = [f"{table[RAW].mean():.4f} ({name})" for name, table in measured.items() if RAW in table]
-    raw = f"reaches {', '.join(raw[::-1])}" if raw else "was not trained with this dataset and seed"
+    raw = f"reaches {', '.join(raw[::-1])} without extra codes" if raw else "was not trained with this dataset and seed"
     missed = "".join(f" MISSED: {target}." for target in targets.index[targets["met"] == "MISSED"])
     sentences = [
         f"Test error {test['run5']:.4f}, validation error {validation['run5']:.4f}. (An error here is a log2-MSE, the "
@@ -468,7 +468,7 @@ def verdict_text(errors: dict[str, pd.DataFrame], targets: pd.DataFrame, measure
         f"So the network {beats} the ridge regression overall. In the 6 groups with m < n-k alone, it has "
         f"{inner['run5'].mean():.4f} against {inner['ridge'].mean():.4f}, and beats it in "
         f"{(inner['run5'] < inner['ridge']).sum()} of them; in the other 3 the largest bound is the height itself.",
-        f"The same network on the entries of P, which the design has as its input, {raw}.",
+        f"The same layers on the entries of P, which the design has as its input, {raw}.",
         f"Targets met: {(targets['met'] == 'met').sum()} of {len(targets)}.{missed}",
     ]
     return "\n- ".join(sentences)
@@ -530,8 +530,8 @@ Departures from the design
   largest bound among them is added to the softplus at the output. (Neither with --features raw.)
 - Features are scaled by the training set's mean and deviation, and kept within 8 deviations.
 - {extra_codes:,} extra codes for training. An epoch is {rows_an_epoch:,} rows of the training set, sampled evenly.
-- Early stopping does not count an improvement of val_loss by less than {settings[stop_min_delta]} (min_delta),
-  so the best epoch can come much later than the epoch that it counted from.
+- Early stopping does not count an improvement of val_loss by less than {settings[stop_min_delta]} (min_delta). The
+  best model is saved whatever the improvement, so that its epoch can be one of the last.
 - Codes are split, not rows, so that no code is in two sets. There is a test set.
 - {parameters:,} parameters. The design says 3-4 million, but its layers have 5,630,369 on P.
 
