@@ -458,7 +458,7 @@ def verdict_text(errors: dict[str, pd.DataFrame], targets: pd.DataFrame, measure
     inner, beats = errors["test"].loc[INNER_GROUPS], "beats" if test["run5"] < test["ridge"] else "LOSES TO"
     bound = f" and {test['bound']:.4f} by the largest bound" if "bound" in test else ""
     raw = [f"{table[RAW].mean():.4f} ({name})" for name, table in measured.items() if RAW in table]
-    raw = f"reaches {', '.join(raw[::-1])} without extra codes" if raw else "was not trained with this dataset and seed"
+    raw = f"reach {', '.join(raw[::-1])} without extra codes" if raw else "were not trained with this dataset and seed"
     missed = "".join(f" MISSED: {target}." for target in targets.index[targets["met"] == "MISSED"])
     sentences = [
         f"Test error {test['run5']:.4f}, validation error {validation['run5']:.4f}. (An error here is a log2-MSE, the "
@@ -709,7 +709,7 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> int:
     train(model, sets["training"], sets["validation"], settings, checkpoint)
     if checkpoint.diverged:
         problem = f"the loss became NaN or infinite in epoch {len(checkpoint.history) + 1}; {work} keeps the best model"
-        print(f"{problem}; try another --seed, or look for extreme heights in the dataset", file=sys.stderr)
+        print(f"{problem}, if any; try another --seed with --fresh, or look for extreme heights", file=sys.stderr)
         return 1
     report = write_results(results, sets, checkpoint, settings.output)
     shutil.rmtree(work)

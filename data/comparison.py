@@ -102,11 +102,13 @@ def runs_text(rows: pd.DataFrame, seed: int, run5: pd.Series, published: pd.Data
 def change_text(tiers: dict[tuple[str, int], pd.Series], what: str, run: str, base: str) -> str:
     """One line on what a change did to the test errors of the tiers, for every seed that both runs have."""
     seeds = [seed for name, seed in tiers if name == run and (base, seed) in tiers]
+    if not seeds:
+        return ""
     parts = []
     for tier in TIERS:
         changes = [tiers[run, seed][tier] / tiers[base, seed][tier] - 1 for seed in seeds]
         parts.append(f"{tier} {', '.join(f'{change:+.0%}' for change in changes)}")
-    return f"- {what}: {'; '.join(parts)} (seed {', '.join(map(str, seeds))})." if seeds else ""
+    return f"- {what}: {'; '.join(parts)} (seed {', '.join(map(str, seeds))})."
 
 
 def leak_text(own: pd.Series, new: pd.Series, published: pd.Series) -> str:

@@ -155,7 +155,7 @@ def test_the_report_begins_with_its_verdict(finished, metrics):
     rows = [row for row in metrics["errors"]["test"] if row["m"] < 9 - row["k"]]
     six = [np.mean([row[run] for row in rows]) for run in ("run5", "ridge")]
     assert f"it has {six[0]:.4f} against {six[1]:.4f}" in verdict
-    assert "which the design has as its input, was not trained with this dataset and seed" in verdict
+    assert "which the design has as its input, were not trained with this dataset and seed" in verdict
 
 
 def test_the_report_says_what_was_run(finished, metrics):
@@ -244,7 +244,7 @@ def test_the_report_is_renewed_with_the_measured_runs(finished, metrics, tmp_pat
     assert re.search(r"^ +Run 4 +2.000( +2.000){12}\n +Run 5, raw P +1.500.*\n +Run 5 ", report, re.M)
     assert re.search(r"^ +Run 4 +2.500( +2.500){12}\n.*\n +Run 2, shared +2.500.*\n +Run 5 ", report, re.M)
     words = " ".join(report.split())
-    assert "which the design has as its input, reaches 1.2500 (test), 1.5000 (validation)" in words
+    assert "which the design has as its input, reach 1.2500 (test), 1.5000 (validation)" in words
     assert "Run 2, shared Run 2 on a third of the codes, each three times" in words
     assert "hard 0.500 on its validation rows" in words
     assert (output / "comparison.png").read_bytes() != picture
