@@ -18,26 +18,29 @@ RAW, SHARED, RUN5 = "Run 5, raw P", "Run 2, shared", "Run 5"
 RUNS = {
     "Run 2": "Run 2 as it was built, except that no code is in training and validation at once",
     "Run 4": "Run 4 as it ran, with equal weights; 15.9 million parameters, where the design says about 8",
-    "Run 4, curriculum": "Run 4 with the weights by epoch that were written for it and never in force",
+    "Run 4, weighted": "Run 4 with the weights by epoch that were written for it and never in force",
     RAW: "Run 5 on the entries of P without extra codes: the design's input",
-    "raw P, weights 1": "the same with equal weights of all groups, where the design has 1 to 2",
-    "raw P, weights 5": "the same with the weights of Run 2, 1 to 5",
-    "raw P, more codes": "Run 5 on the entries of P, with extra codes",
+    "raw P, weight 1": "the same with equal weights of all groups, where the design has 1 to 2",
+    "raw P, weight 5": "the same with the weights of Run 2, 1 to 5",
+    "raw P, extra": "Run 5 on the entries of P, with extra codes",
     "no extra codes": "Run 5 on the features, without extra codes",
     "no dropout": "Run 5 on the features, with extra codes, without dropout",
     SHARED: "Run 2 on a third of the codes, each three times, and a random split of the rows",
 }
 
-# What is changed, the run that has it, and the run that does not.
+# What is the same in two runs, what is changed, the run before the change and the run after it.
+WEIGHTS = ("raw P: weights 1 -> 1 to 5", "raw P, weight 1", "raw P, weight 5")
+FEATURES = ("no extra codes: raw P -> features", RAW, "no extra codes")
+EXTRA = ("raw P: no extra codes -> extra codes", RAW, "raw P, extra")
 CHANGES = (
-    ("Weights of 1 to 5 in place of equal ones, on raw P", "raw P, weights 5", "raw P, weights 1"),
-    ("The design's weights, 1 to 2, in place of equal ones, on raw P", RAW, "raw P, weights 1"),
-    ("The curriculum of Run 4", "Run 4, curriculum", "Run 4"),
-    ("Features in place of raw P, without extra codes", "no extra codes", RAW),
-    ("Features in place of raw P, with extra codes", RUN5, "raw P, more codes"),
-    ("Extra codes, on raw P", "raw P, more codes", RAW),
-    ("Extra codes, on the features", RUN5, "no extra codes"),
-    ("No dropout", "no dropout", RUN5),
+    WEIGHTS,
+    ("raw P: weights 1 -> the design's", "raw P, weight 1", RAW),
+    ("Run 4: weights 1 -> its curriculum", "Run 4", "Run 4, weighted"),
+    FEATURES,
+    ("extra codes: raw P -> features", "raw P, extra", RUN5),
+    EXTRA,
+    ("features: no extra codes -> extra codes", "no extra codes", RUN5),
+    ("features: dropout -> no dropout", RUN5, "no dropout"),
 )
 
 
@@ -48,7 +51,7 @@ def read_baselines(sha256: str, path: Path = BASELINES) -> tuple[pd.DataFrame, p
         rows = pd.read_csv(path)
         published = rows[rows["source"] == "published"].pivot(index=["k", "m"], columns="run", values="log2_mse")
         published = published.loc[list(GROUPS), ["Run 2", "Run 4"]].astype(float)
-        return published, rows[(rows["dataset"] == sha256) & rows["run"].isin(RUNS)]
+        return published, rows[(rows["dataset"] == sha256) & rows["run"].isin(RUNS)].astype({"seed": int})
     except (OSError, ValueError, KeyError) as error:
         expected = "expected published Run 2 and Run 4 figures of the nine groups"
         raise InputError(f"{path}: {expected} ({one_line(error)})") from None
@@ -90,29 +93,55 @@ def runs_text(rows: pd.DataFrame, seed: int, run5: pd.Series, published: pd.Data
     tiers = {(RUN5, seed): tier_means(run5.to_frame("error"))["error"]}
     for each, table in rows.dropna(subset="test_log2_mse").groupby(["run", "seed"]):
         tiers[each] = tier_means(table.set_index(["k", "m"]))["test_log2_mse"]
-    said = [change_text(tiers, *change) for change in CHANGES]
-    if (SHARED, seed) in tiers:
-        shared = rows[(rows["run"] == SHARED) & (rows["seed"] == seed)].set_index(["k", "m"])
-        said.append(leak_text(tier_means(shared)["log2_mse"], tiers[SHARED, seed], tier_means(published)["Run 2"]))
-    if any(said):
-        lines += ["", "What they show: how the test error of a tier changes, for each seed"]
-    return "\n".join(lines + [text for text in said if text])
+    said = [weights_text(tiers), departures_text(tiers, seed)]
+    if {"Run 2", SHARED} <= {*here.index}:
+        on_validation = rows[rows["seed"] == seed].pivot(index=["k", "m"], columns="run", values="log2_mse")
+        said.append(leak_text(tier_means(on_validation), tier_means(published)["Run 2"]))
+    return "\n".join(lines + changes_table(tiers) + [text for text in said if text])
 
 
-def change_text(tiers: dict[tuple[str, int], pd.Series], what: str, run: str, base: str) -> str:
-    """One line on what a change did to the test errors of the tiers, for every seed that both runs have."""
+def changes_table(tiers: dict[tuple[str, int], pd.Series]) -> list[str]:
+    """The lines of a table of the test errors before and after each change. tiers: their means by run and seed."""
+    compared = {
+        (what, seed): {tier: f"{tiers[base, seed][tier]:.4f} -> {tiers[run, seed][tier]:.4f}" for tier in TIERS}
+        for what, base, run in CHANGES
+        for name, seed in tiers
+        if name == run and (base, seed) in tiers
+    }
+    if not compared:
+        return []
+    table = pd.DataFrame(compared.values(), pd.MultiIndex.from_tuples(compared, names=["change", "seed"]))
+    about = "What one change does to the mean test error of a tier (one run for each seed)"
+    return ["", about, *table.reset_index().to_string(index=False).splitlines()]
+
+
+def weights_text(tiers: dict[tuple[str, int], pd.Series]) -> str:
+    """Whether weights of 1 to 5 do harm, by every seed that was trained with them and without."""
+    _, base, run = WEIGHTS
     seeds = [seed for name, seed in tiers if name == run and (base, seed) in tiers]
-    if not seeds:
-        return ""
+    higher = {tier: sum(tiers[run, seed][tier] > tiers[base, seed][tier] for seed in seeds) for tier in TIERS}
+    found = ", ".join(f"{number} of {len(seeds)} ({tier})" for tier, number in higher.items())
+    about = "Weights of 1 to 5 in place of equal ones, on raw P: the test error is higher in so many runs"
+    return f"- {about}: {found}." if seeds else ""
+
+
+def departures_text(tiers: dict[tuple[str, int], pd.Series], seed: int) -> str:
+    """What features and extra codes bring, each alone."""
     parts = []
-    for tier in TIERS:
-        changes = [tiers[run, seed][tier] / tiers[base, seed][tier] - 1 for seed in seeds]
-        parts.append(f"{tier} {', '.join(f'{change:+.0%}' for change in changes)}")
-    return f"- {what}: {'; '.join(parts)} (seed {', '.join(map(str, seeds))})."
+    for what, (_, base, run) in (("features alone", FEATURES), ("extra codes alone", EXTRA)):
+        if {(base, seed), (run, seed)} <= {*tiers}:
+            factors = (tiers[base, seed] / tiers[run, seed])[list(TIERS)].items()
+            shown = (f"{f'{factor:.3g}' if factor < 1000 else 'over 1000'} ({tier})" for tier, factor in factors)
+            parts.append(f"{what} divide it by {', '.join(shown)}")
+    return f"- The test error on raw P without extra codes: {'; '.join(parts)}." if parts else ""
 
 
-def leak_text(own: pd.Series, new: pd.Series, published: pd.Series) -> str:
-    """One line on the run whose validation codes are in training too: its error on them and on new codes."""
-    own, new, published = (", ".join(f"{tier} {means[tier]:.3f}" for tier in TIERS) for means in (own, new, published))
-    about = "on its validation rows, most of whose codes are in training too"
-    return f"- {SHARED}: {own} {about}; {new} on the test set. Run 2 was published with {published}."
+def leak_text(validation: pd.DataFrame, published: pd.Series) -> str:
+    """How far shared codes bring the validation error of Run 2 to the published one. Both: means of the tiers."""
+    split, shared = validation["Run 2"], validation[SHARED]
+    ways = ((split - shared) / (split - published))[list(TIERS)]
+    parts = (
+        f"{tier} {split[tier]:.3f} to {shared[tier]:.3f}, {way:.0%} of the way to the published {published[tier]:.3f}"
+        for tier, way in ways.items()
+    )
+    return f"- Most validation codes in training too: the validation error of Run 2 goes from {'; '.join(parts)}."

@@ -160,16 +160,16 @@ RUN4 = Recipe("Run 4", build_run4, no_weights, 7e-4, cosine, 25, (0.5, 10, 1e-7)
 RECIPES = {
     "run2": RUN2,
     "run4": RUN4,
-    "run4-curriculum": replace(RUN4, name="Run 4, curriculum", weights=curriculum),
+    "run4-curriculum": replace(RUN4, name="Run 4, weighted", weights=curriculum),
     "run2-shared": replace(RUN2, name=SHARED, shared=True),
 }
 # Run 5 with other settings than its defaults.
 WITHOUT_EXTRA, ON_P = {"extra_codes": 0}, {"features": "raw"}
 VARIANTS = {
     "run5-raw": (RAW, ON_P | WITHOUT_EXTRA),
-    "run5-raw-weights-1": ("raw P, weights 1", ON_P | WITHOUT_EXTRA | {"group_weights": dict.fromkeys(GROUPS, 1.0)}),
-    "run5-raw-weights-5": ("raw P, weights 5", ON_P | WITHOUT_EXTRA | {"group_weights": RUN2_WEIGHTS}),
-    "run5-raw-extra": ("raw P, more codes", ON_P),
+    "run5-raw-weights-1": ("raw P, weight 1", ON_P | WITHOUT_EXTRA | {"group_weights": dict.fromkeys(GROUPS, 1.0)}),
+    "run5-raw-weights-5": ("raw P, weight 5", ON_P | WITHOUT_EXTRA | {"group_weights": RUN2_WEIGHTS}),
+    "run5-raw-extra": ("raw P, extra", ON_P),
     "run5-without-extra": ("no extra codes", WITHOUT_EXTRA),
     "run5-without-dropout": ("no dropout", {"dropout": 0.0}),
 }

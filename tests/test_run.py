@@ -238,15 +238,20 @@ def test_the_report_is_renewed_with_the_measured_runs(finished, metrics, tmp_pat
     own = own.assign(log2_mse=2.0, test_log2_mse=2.5, epochs=7, best_epoch=5, ended="complete", parameters=9)
     raw = own.assign(run=run5.RAW, log2_mse=1.5, test_log2_mse=1.25)
     shared = own.assign(run="Run 2, shared", log2_mse=0.5, epochs=8)
-    pd.concat([rows, own, raw, shared]).to_csv(tmp_path / "baselines.csv", index=False)
+    weighted = own.assign(run="raw P, weight 1", log2_mse=1.25)
+    pd.concat([rows, own, raw, weighted, shared]).to_csv(tmp_path / "baselines.csv", index=False)
     picture = (output / "comparison.png").read_bytes()
     report = run5.write_report(metrics, output, tmp_path / "baselines.csv")
-    assert re.search(r"^ +Run 4 +2.000( +2.000){12}\n +Run 5, raw P +1.500.*\n +Run 5 ", report, re.M)
-    assert re.search(r"^ +Run 4 +2.500( +2.500){12}\n.*\n +Run 2, shared +2.500.*\n +Run 5 ", report, re.M)
+    assert re.search(
+        r"^ +Run 4 +2.000( +2.000){12}\n +Run 5, raw P +1.500.*\n +raw P, weight 1 +1.250( +1.250){12}\n +Run 5 ",
+        report,
+        re.M,
+    )
+    assert re.search(r"^ +Run 4 +2.500( +2.500){12}\n.*\n.*\n +Run 2, shared +2.500.*\n +Run 5 ", report, re.M)
     words = " ".join(report.split())
     assert "which the design has as its input, reach 1.2500 (test), 1.5000 (validation)" in words
     assert "Run 2, shared Run 2 on a third of the codes, each three times" in words
-    assert "hard 0.500 on its validation rows" in words
+    assert "raw P: weights 1 -> the design's 42 2.5000 -> 1.2500 2.5000 -> 1.2500 2.5000 -> 1.2500" in words
     assert (output / "comparison.png").read_bytes() != picture
 
 
