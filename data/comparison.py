@@ -20,8 +20,8 @@ RUNS = {
     "Run 4": "Run 4 as it ran, with equal weights; 15.9 million parameters, where the design says about 8",
     "Run 4, weighted": "Run 4 with the weights by epoch that were written for it and never in force",
     RAW: "Run 5 on the entries of P without extra codes: the design's input",
-    "raw P, weight 1": "the same with equal weights of all groups, where the design has 1 to 2",
-    "raw P, weight 5": "the same with the weights of Run 2, 1 to 5",
+    "raw P, weight 1": "Run 5 on the entries of P, with equal weights of all groups; the design has 1 to 2",
+    "raw P, weight 5": "Run 5 on the entries of P, with the weights of Run 2, 1 to 5",
     "raw P, extra": "Run 5 on the entries of P, with extra codes",
     "no extra codes": "Run 5 on the features, without extra codes",
     "no dropout": "Run 5 on the features, with extra codes, without dropout",
@@ -35,7 +35,7 @@ EXTRA = ("raw P: no extra codes -> extra codes", RAW, "raw P, extra")
 CHANGES = (
     WEIGHTS,
     ("raw P: weights 1 -> the design's", "raw P, weight 1", RAW),
-    ("Run 4: weights 1 -> its curriculum", "Run 4", "Run 4, weighted"),
+    ("Run 4: weights 1 -> weights by epoch", "Run 4", "Run 4, weighted"),
     FEATURES,
     ("extra codes: raw P -> features", "raw P, extra", RUN5),
     EXTRA,
@@ -111,7 +111,7 @@ def changes_table(tiers: dict[tuple[str, int], pd.Series]) -> list[str]:
     if not compared:
         return []
     table = pd.DataFrame(compared.values(), pd.MultiIndex.from_tuples(compared, names=["change", "seed"]))
-    about = "What one change does to the mean test error of a tier (one run for each seed)"
+    about = "What one change does: mean test error of a tier before -> after it, one run for each seed"
     return ["", about, *table.reset_index().to_string(index=False).splitlines()]
 
 
@@ -120,9 +120,9 @@ def weights_text(tiers: dict[tuple[str, int], pd.Series]) -> str:
     _, base, run = WEIGHTS
     seeds = [seed for name, seed in tiers if name == run and (base, seed) in tiers]
     higher = {tier: sum(tiers[run, seed][tier] > tiers[base, seed][tier] for seed in seeds) for tier in TIERS}
-    found = ", ".join(f"{number} of {len(seeds)} ({tier})" for tier, number in higher.items())
-    about = "Weights of 1 to 5 in place of equal ones, on raw P: the test error is higher in so many runs"
-    return f"- {about}: {found}." if seeds else ""
+    found = ", ".join(f"of {tier} with {number}" for tier, number in higher.items())
+    about = "Weights of 1 to 5 in place of equal ones, on raw P, raise the test error"
+    return f"- {about} {found} of {len(seeds)} seed{'s' * (len(seeds) > 1)}." if seeds else ""
 
 
 def departures_text(tiers: dict[tuple[str, int], pd.Series], seed: int) -> str:
@@ -139,9 +139,9 @@ def departures_text(tiers: dict[tuple[str, int], pd.Series], seed: int) -> str:
 def leak_text(validation: pd.DataFrame, published: pd.Series) -> str:
     """How far shared codes bring the validation error of Run 2 to the published one. Both: means of the tiers."""
     split, shared = validation["Run 2"], validation[SHARED]
-    ways = ((split - shared) / (split - published))[list(TIERS)]
-    parts = (
-        f"{tier} {split[tier]:.3f} to {shared[tier]:.3f}, {way:.0%} of the way to the published {published[tier]:.3f}"
-        for tier, way in ways.items()
-    )
-    return f"- Most validation codes in training too: the validation error of Run 2 goes from {'; '.join(parts)}."
+    parts = []
+    for tier in TIERS:
+        way = (split[tier] - shared[tier]) / (split[tier] - published[tier])
+        change = f"in {tier} from {split[tier]:.3f} to {shared[tier]:.3f}"
+        parts.append(f"{change}, {way:.0%} of the way to the published {published[tier]:.3f}")
+    return f"- With most validation codes in training too, the validation error of Run 2 goes {'; '.join(parts)}."
