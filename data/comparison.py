@@ -29,13 +29,13 @@ RUNS = {
 }
 
 # What is the same in two runs, what is changed, the run before the change and the run after it.
-WEIGHTS = ("raw P: weights 1 -> 1 to 5", "raw P, weight 1", "raw P, weight 5")
+WEIGHTS = ("raw P: equal weights -> 1 to 5", "raw P, weight 1", "raw P, weight 5")
 FEATURES = ("no extra codes: raw P -> features", RAW, "no extra codes")
 EXTRA = ("raw P: no extra codes -> extra codes", RAW, "raw P, extra")
 CHANGES = (
     WEIGHTS,
-    ("raw P: weights 1 -> the design's", "raw P, weight 1", RAW),
-    ("Run 4: weights 1 -> weights by epoch", "Run 4", "Run 4, weighted"),
+    ("raw P: equal weights -> the design's", "raw P, weight 1", RAW),
+    ("Run 4: equal weights -> by epoch", "Run 4", "Run 4, weighted"),
     FEATURES,
     ("extra codes: raw P -> features", "raw P, extra", RUN5),
     EXTRA,
@@ -90,14 +90,23 @@ def runs_text(rows: pd.DataFrame, seed: int, run5: pd.Series, published: pd.Data
         ended = "" if about["ended"] == "complete" else f", stopped by {about['ended']}"
         size = f"{about['parameters']:,.0f} parameters, {about['epochs']:.0f} epochs{ended}"
         lines.append(f"{run:<18} {RUNS[run]} ({size})")
-    tiers = {(RUN5, seed): tier_means(run5.to_frame("error"))["error"]}
-    for each, table in rows.dropna(subset="test_log2_mse").groupby(["run", "seed"]):
-        tiers[each] = tier_means(table.set_index(["k", "m"]))["test_log2_mse"]
-    said = [weights_text(tiers), departures_text(tiers, seed)]
+    test = {(RUN5, seed): tier_means(run5.to_frame("error"))["error"]} | means_by_run(rows, "test_log2_mse")
+    said = [weights_text(test), departures_text(test, seed)]
     if {"Run 2", SHARED} <= {*here.index}:
-        on_validation = rows[rows["seed"] == seed].pivot(index=["k", "m"], columns="run", values="log2_mse")
-        said.append(leak_text(tier_means(on_validation), tier_means(published)["Run 2"]))
-    return "\n".join(lines + changes_table(tiers) + [text for text in said if text])
+        validation = means_by_run(rows, "log2_mse")
+        said.append(leak_text(validation["Run 2", seed], validation[SHARED, seed], tier_means(published)["Run 2"]))
+    return "\n".join(lines + changes_table(test) + [text for text in said if text])
+
+
+def means_by_run(rows: pd.DataFrame, column: str) -> dict[tuple[str, int], pd.Series]:
+    """The tier_means of this column of the csv for each run and seed that has it."""
+    runs = rows.dropna(subset=column).groupby(["run", "seed"])
+    return {run: tier_means(table.set_index(["k", "m"]))[column] for run, table in runs}
+
+
+def seeds_of_both(tiers: dict[tuple[str, int], pd.Series], base: str, run: str) -> list[int]:
+    """The seeds with which both runs were trained."""
+    return [seed for name, seed in tiers if name == run and (base, seed) in tiers]
 
 
 def changes_table(tiers: dict[tuple[str, int], pd.Series]) -> list[str]:
@@ -105,8 +114,7 @@ def changes_table(tiers: dict[tuple[str, int], pd.Series]) -> list[str]:
     compared = {
         (what, seed): {tier: f"{tiers[base, seed][tier]:.4f} -> {tiers[run, seed][tier]:.4f}" for tier in TIERS}
         for what, base, run in CHANGES
-        for name, seed in tiers
-        if name == run and (base, seed) in tiers
+        for seed in seeds_of_both(tiers, base, run)
     }
     if not compared:
         return []
@@ -118,27 +126,26 @@ def changes_table(tiers: dict[tuple[str, int], pd.Series]) -> list[str]:
 def weights_text(tiers: dict[tuple[str, int], pd.Series]) -> str:
     """Whether weights of 1 to 5 do harm, by every seed that was trained with them and without."""
     _, base, run = WEIGHTS
-    seeds = [seed for name, seed in tiers if name == run and (base, seed) in tiers]
+    seeds = seeds_of_both(tiers, base, run)
     higher = {tier: sum(tiers[run, seed][tier] > tiers[base, seed][tier] for seed in seeds) for tier in TIERS}
-    found = ", ".join(f"of {tier} with {number}" for tier, number in higher.items())
-    about = "Weights of 1 to 5 in place of equal ones, on raw P, raise the test error"
-    return f"- {about} {found} of {len(seeds)} seed{'s' * (len(seeds) > 1)}." if seeds else ""
+    found = ", ".join(f"{number} of {len(seeds)} ({tier})" for tier, number in higher.items())
+    about = "Seeds with which weights of 1 to 5, on raw P, give a higher test error than equal ones"
+    return f"- {about}: {found}." if seeds else ""
 
 
 def departures_text(tiers: dict[tuple[str, int], pd.Series], seed: int) -> str:
     """What features and extra codes bring, each alone."""
     parts = []
     for what, (_, base, run) in (("features alone", FEATURES), ("extra codes alone", EXTRA)):
-        if {(base, seed), (run, seed)} <= {*tiers}:
+        if seed in seeds_of_both(tiers, base, run):
             factors = (tiers[base, seed] / tiers[run, seed])[list(TIERS)].items()
             shown = (f"{f'{factor:.3g}' if factor < 1000 else 'over 1000'} ({tier})" for tier, factor in factors)
             parts.append(f"{what} divide it by {', '.join(shown)}")
     return f"- The test error on raw P without extra codes: {'; '.join(parts)}." if parts else ""
 
 
-def leak_text(validation: pd.DataFrame, published: pd.Series) -> str:
-    """How far shared codes bring the validation error of Run 2 to the published one. Both: means of the tiers."""
-    split, shared = validation["Run 2"], validation[SHARED]
+def leak_text(split: pd.Series, shared: pd.Series, published: pd.Series) -> str:
+    """How far shared codes bring the validation error of Run 2 to the published one. All: means of the tiers."""
     parts = []
     for tier in TIERS:
         way = (split[tier] - shared[tier]) / (split[tier] - published[tier])

@@ -251,7 +251,7 @@ def test_the_report_is_renewed_with_the_measured_runs(finished, metrics, tmp_pat
     words = " ".join(report.split())
     assert "which the design has as its input, reach 1.2500 (test), 1.5000 (validation)" in words
     assert "Run 2, shared Run 2 on a third of the codes, each three times" in words
-    assert "raw P: weights 1 -> the design's 42 2.5000 -> 1.2500 2.5000 -> 1.2500 2.5000 -> 1.2500" in words
+    assert "raw P: equal weights -> the design's 42 2.5000 -> 1.2500 2.5000 -> 1.2500 2.5000 -> 1.2500" in words
     assert (output / "comparison.png").read_bytes() != picture
 
 
