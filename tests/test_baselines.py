@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import keras
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +17,7 @@ from data.heights import GROUPS
 
 def test_networks_have_the_parameters_of_the_runs():
     P = np.random.default_rng(0).normal(size=(50, 20))
-    assert baselines.build_run2(P).count_params() == 10_875_041
+    assert baselines.parameters_as_built(baselines.build_run2(P)) == 10_875_041
     # Counted by hand from the description: embeddings and gate, P, three experts, trunk of 1024, 512, 256, 1.
     experts = 0
     for heads, width, units in ((4, 64, 256), (8, 64, 512), (16, 128, 768)):
@@ -25,7 +26,28 @@ def test_networks_have_the_parameters_of_the_runs():
         experts += (512 + 1) * units + (units + 1) * units + 8 * units + (units + 1) * 512
     trunk = (1 + 128 + 512 + 1) * 1024 + 4096 + 6 * (1025 * 1024 + 4096) + 1025 * 512 + 2048 + 513 * 256 + 257
     expected = 13 * 64 + 129 * 3 + 21 * 512 + 2048 + experts + trunk
-    assert baselines.build_run4(P).count_params() == expected == 15_940_548
+    assert baselines.parameters_as_built(baselines.build_run4(P)) == expected == 15_940_548
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_attention_is_that_of_keras_over_a_sequence_of_length_1(heads):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 10)).astype("float32")
+    of_keras = keras.layers.MultiHeadAttention(heads, key_dim=4)
+    of_keras(x[:, None], x[:, None])  # Builds it.
+    weights = {weight.path: rng.normal(size=weight.shape).astype("float32") for weight in of_keras.weights}
+    of_keras.set_weights([*weights.values()])
+    expected = of_keras(x[:, None], x[:, None]).numpy()[:, 0]
+
+    inputs = keras.layers.Input((10,))
+    network = keras.Model(inputs, baselines.attention(inputs, heads, 4, 0.5))
+    network.set_weights([weight for path, weight in weights.items() if "query" not in path and "key" not in path])
+    np.testing.assert_allclose(network(x), expected, rtol=1e-4, atol=1e-5)
+    if heads == 1:  # In training a head is dropped as a whole, or doubled.
+        bias, trained = network.get_weights()[-1], network(x, training=True)
+        dropped = np.isclose(trained, bias).all(axis=1)
+        doubled = np.isclose(trained, 2 * expected - bias, rtol=1e-3, atol=1e-4).all(axis=1)
+        assert dropped.any() and doubled.any() and (dropped ^ doubled).all()
 
 
 def test_recipes_are_those_of_the_runs():
