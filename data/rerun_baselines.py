@@ -7,8 +7,9 @@ with the lowest val_loss, on the validation set and on the test set. data/compar
 takes half an hour to hours on two cores. One that was stopped is resumed by the same command.
 
 Run 2 and Run 4 are built from descriptions of their scripts: layers, weights, optimizer and callbacks as they were,
-except that no code is in training and validation at once. `run2-shared` is there for the contrast: Run 2 on a third of
-the codes, each three times, rows split at random, so that validation codes are in training as in the published runs.
+except that no code is in training and validation at once, and that `attention` leaves out what has no effect there.
+`run2-shared` is there for the contrast: Run 2 on a third of the codes, each three times, rows split at random, so that
+validation codes are in training as in the published runs.
 """
 
 import json
@@ -57,8 +58,8 @@ def residual(x, units: float, dropout: float):
 def attention(x, heads: int, width: int, dropout: float):
     """Self-attention over a vector as a sequence of length 1: what keras.layers.MultiHeadAttention does there.
 
-    The softmax over one key is 1, whatever the query. So only the values and the output are left of it, and a dropout
-    of whole heads. A step of Run 4 takes a quarter of the time without queries and keys.
+    The softmax over one key is 1, whatever the query. So queries and keys, which would take most of the time of a step,
+    are left out: the values remain, a dropout of whole heads, and the output.
     """
     values = layers.EinsumDense("ac,cde->ade", (heads, width), bias_axes="de", name=f"values_of_{heads}_heads")(x)
     values = layers.Dropout(dropout, noise_shape=(None, heads, 1))(values)
