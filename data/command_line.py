@@ -72,7 +72,9 @@ def processor() -> list[str]:
 
 def environment() -> dict:
     """Versions and machine, for a report."""
-    packages = ("keras", "tensorflow", "numpy", "scikit-learn", "pandas")
+    import keras  # Here, because prepare.py runs without it.
+
+    packages = ("keras", keras.backend.backend(), "numpy", "scikit-learn", "pandas")
     versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
     machine = [platform.system(), platform.machine(), f"{joblib.cpu_count()} cores", *processor()]
     return {"versions": versions, "machine": ", ".join(machine)}

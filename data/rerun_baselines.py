@@ -37,7 +37,7 @@ from keras import layers
 from sklearn.model_selection import train_test_split
 
 COLUMNS = ["run", "source", "k", "m", "log2_mse", "test_log2_mse", "n", "epochs", "best_epoch", "ended", "parameters"]
-COLUMNS += ["seconds", "seed", "dataset"]
+COLUMNS += ["seconds", "backend", "seed", "dataset"]
 
 
 # --- networks -------------------------------------------------------------------------------------------------------
@@ -292,7 +292,8 @@ def train_runs(runs: Sequence[str], settings: run5.Settings, work: Path, csv: Pa
             table = train_variant(*VARIANTS[run], settings, folder)
         else:
             table = train_recipe(RECIPES[run], dataset, settings, folder)
-        table = table.assign(source="measured", seed=settings.seed, dataset=dataset.sha256)
+        table = table.assign(source="measured", backend=keras.backend.backend())
+        table = table.assign(seed=settings.seed, dataset=dataset.sha256)
         write_rows(table, csv)
         val, test = table["log2_mse"].mean(), table["test_log2_mse"].mean()
         print(f"{csv}: {run}, means of the groups: validation {val:.6f}, test {test:.6f}", flush=True)
