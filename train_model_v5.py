@@ -639,7 +639,7 @@ def plot_comparison(published: pd.DataFrame, test: pd.DataFrame, measured: pd.Da
         panel.axvline(3 * i - 0.5, color="lightgray")
         panel.text(3 * i + 1, 6, tier, horizontalalignment="center")
     panel.set_xticks(x, [f"k={k}, m={m}" for k, m in groups])
-    panel.set(title="Run 5, earlier runs as published (on other data and another split), simple models", yscale="log")
+    panel.set(title="Run 5, other trainings, simple models; hollow: published, on other data", yscale="log")
     panel.set(ylabel=f"MSE of log2 height ({least:g}: this or less)", ylim=(least / 2, 10), xlim=(-0.5, 8.5))
     panel.grid(axis="y", alpha=0.3)
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4)

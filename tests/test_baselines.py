@@ -144,7 +144,7 @@ def test_every_run_has_its_words_and_the_changes_are_between_runs_that_are_train
 @pytest.fixture
 def own():
     """Rows of a measured run: log2-MSE of 1 on the test set, as published for Run 4 on the validation set."""
-    published = pd.read_csv(comparison.BASELINES).query("run == 'Run 4'")
+    published = pd.read_csv(comparison.BASELINES).query("run == 'Run 4' and source == 'published'")
     return published.assign(source="measured", ended="complete", epochs=7, parameters=9, test_log2_mse=1.0, seed=42)
 
 
@@ -170,9 +170,11 @@ def test_the_report_says_what_a_change_does_for_each_tier_and_seed(own):
         assert re.search(rf"^ *raw P: equal weights -> 1 to 5 +{seed} {others} {others} {hard}$", text, re.M)
     assert re.search(r"^ *features: dropout -> no dropout +42( 1\.0000 -> 0\.9000){3}$", text, re.M)
     assert "0.8000" not in text  # Run 5 itself has not been trained with seed 1.
-    assert "give a higher test error than equal ones: 1 of 2 (easy), 1 of 2 (medium), 2 of 2 (hard)." in text
-    assert "divide it by" not in text and "of the way" not in text and "Run 4" not in text
+    assert "error by -50.0% to +10.0% (easy), -50.0% to +10.0% (medium), +10.0% to +100.0% (hard), in 2 seeds." in text
+    assert "against Run 2: +41.5% (easy), +18.7% (medium), -1.7% (hard)." in text  # Published means of their groups.
+    assert "divide it by" not in text and "of the way" not in text and "epoch 61" not in text and "JAX" not in text
     assert "raw P, weight 5 " in text and "(9 parameters, 7 epochs)" in text and "stopped by" not in text
+    assert "blames" not in comparison.runs_text(rows.query("seed == 42"), 42, RUN5_ERRORS, earlier)
     assert "stopped by --epochs 7" in comparison.runs_text(rows, 1, RUN5_ERRORS, earlier)
     assert comparison.runs_text(rows, 2, RUN5_ERRORS, earlier) == "not trained with this dataset and seed."
 
@@ -186,14 +188,21 @@ def test_the_report_says_what_each_departure_and_what_shared_codes_do(own):
             own.assign(run="Run 5, raw P"),
             own.assign(run="raw P, extra", test_log2_mse=0.8),
             own.assign(run="no extra codes", test_log2_mse=0.0005),
+            own.assign(run="Run 4, weighted", epochs=99, best_epoch=60, backend="jax"),
         ]
     )
-    text = comparison.runs_text(rows, 42, RUN5_ERRORS, earlier.assign(**{"Run 2": 0.0}))
+    about = {(4, 2): 0.0, (4, 3): 0.0, (5, 2): 0.0, (4, 4): 2.0}
+    text = comparison.runs_text(rows, 42, RUN5_ERRORS, earlier.assign(**{"Run 2": pd.Series(about)}).fillna(0.0))
     features = "features alone divide it by over 1000 (easy), over 1000 (medium), over 1000 (hard)"
     assert f"{features}; extra codes alone divide it by 1.25 (easy), 1.25 (medium), 1.25 (hard)." in text
     # Run 4's published means are 0.144667, 0.313667 and 1.134667; the way from them + 1 to 0 is so much longer.
-    assert "in easy from 1.145 to 0.145, 87% of the way to the published 0.000; in medium from 1.314" in text
-    assert "hard from 2.135 to 1.135, 47% of the way" in text and "give a higher test error" not in text
+    assert "goes from 1.145 to 0.145 in easy, 87% of the way to the published 0.000; 1.314 to" in text
+    assert " to 0.314 in medium, past the published 0.667; 2.135 to 1.135 in hard, 47% of the way" in text
+    assert "shared codes has 1.000 overall, the other one 1.000." in text
+    assert "after 99 epochs. Its best epoch is 60, before hard groups have the large weights." in text
+    assert "(9 parameters, 99 epochs, JAX)" in text and "JAX: trained on a GPU" in text
+    rows.loc[rows["run"] == "Run 4, weighted", "best_epoch"] = 61
+    assert "is 61, when hard groups have the" in comparison.runs_text(rows, 42, RUN5_ERRORS, earlier)
 
 
 def test_a_run_that_was_stopped_goes_on_and_other_rows_stay(eager, small_npz, tmp_path):
