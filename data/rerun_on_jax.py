@@ -8,11 +8,15 @@ differ. A training takes minutes where two CPU cores take hours. What is trained
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["KERAS_BACKEND"] = "jax"
+if not find_spec("jax"):
+    print("rerun_on_jax.py: found no package jax, expected it to be installed", file=sys.stderr)
+    sys.exit(2)
 
 import jax
 import keras  # noqa: F401  (First, so that the script does not set its own backend.)

@@ -1,13 +1,15 @@
 """Run 2, Run 4 and Run 5 raw on the split of the script: their networks, recipes, rows of the csv, and the report."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import keras
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import NARROW
+from conftest import NARROW, ROOT
 
 import train_model_v5 as run5
 from data import comparison
@@ -238,3 +240,11 @@ def test_bad_input_gets_one_line(tmp_path, capsys):
         assert baselines.main([*map(str, options)]) == 2
         problem = capsys.readouterr().err
         assert problem.startswith("rerun_baselines.py: ") and problem.count("\n") == 1
+
+
+def test_on_jax_the_trainings_on_features_are_refused():
+    """Where there is no JAX, as in the tests' environment, all are."""
+    command = [sys.executable, ROOT / "data" / "rerun_on_jax.py", "--runs", "run5-without-extra"]
+    ended = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith("rerun_on_jax.py: ") and ended.stderr.count("\n") == 1
