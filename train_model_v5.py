@@ -558,7 +558,7 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
         "published": comparison_text(published.assign(**{"Run 5": validation["run5"]}), validation["n"]),
         "targets": targets.to_string(na_rep="", float_format="{:.4f}".format),
         "same_split": same_split_text(errors, measured),
-        "runs": runs_text(rows, seed, errors["test"]["run5"], published),
+        "runs": runs_text(rows, results["settings"], errors["test"], published),
         "sets": ", ".join(f"{name} {n:,} rows" for name, n in pd.DataFrame(results["sets"]).sum()[2:].items()),
         "labels": results["dataset"].get("labels", "as in the file"),
         "packages": ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
@@ -622,24 +622,27 @@ def plot_predictions(test_set: Dataset, predicted: np.ndarray, path: Path) -> No
 def plot_comparison(published: pd.DataFrame, test: pd.DataFrame, measured: pd.DataFrame, path: Path) -> None:
     """log2-MSE by (k, m) group: a colour and shape for each run, hollow where published; levels for simple models."""
     groups, least = [group for tier in TIERS.values() for group in tier], 1e-5
-    test = test.loc[groups].clip(lower=least)
+    test, measured = (table.loc[groups].clip(lower=least) for table in (test, measured))
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     panel, x = figure.subplots(), np.arange(9)
     for name, color, width in zip(SIMPLE, ("C7", "C8", "C2"), (2, 6, 2), strict=True):
         if name in test:
             panel.hlines(test[name], x - 0.4, x + 0.4, color, lw=width, label=f"{SIMPLE[name]}, test set")
-    for i, (run, marker) in enumerate(zip(RUNS, "osD^v<>pPX", strict=True)):
-        style = {"marker": marker, "color": f"C{(0, 1, 4, 6, 5, 9, 0, 1, 4, 6)[i]}", "linestyle": "none"}
-        for table, fill, said in ((published, "none", "published"), (measured, None, "test set")):
+    colors = ("C0", "C1", "gold", "C4", "C6", "C5", "C9", "navy", "teal", "salmon")
+    for i, (run, marker, color) in enumerate(zip(RUNS, "osD^v<>pPX", colors, strict=True)):
+        for table, fill, said in ((published, "none", "published"), (measured, color, "test set")):
             if run in table:
-                panel.plot(x + 0.08 * i - 0.36, table[run].loc[groups], mfc=fill, label=f"{run}, {said}", **style)
+                at, y = x + 0.08 * i - 0.36, table[run].loc[groups]
+                panel.plot(at, y, marker, color=color, mfc=fill, label=f"{run}, {said}")
     panel.plot(x, test["run5"], "k*", markersize=14, label="Run 5, test set")
     for i, tier in enumerate(TIERS):
         panel.hlines(TARGETS[tier], 3 * i - 0.5, 3 * i + 2.5, "C3", label=None if i else "target, mean of the tier")
         panel.axvline(3 * i - 0.5, color="lightgray")
         panel.text(3 * i + 1, 6, tier, horizontalalignment="center")
     panel.set_xticks(x, [f"k={k}, m={m}" for k, m in groups])
-    panel.set(title="Run 5, other trainings, simple models; hollow: published, on other data", yscale="log")
+    panel.set(
+        title="Run 5, other networks, and predictions without one; hollow: published, on other data", yscale="log"
+    )
     panel.set(ylabel=f"MSE of log2 height ({least:g}: this or less)", ylim=(least / 2, 10), xlim=(-0.5, 8.5))
     panel.grid(axis="y", alpha=0.3)
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4)

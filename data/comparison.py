@@ -15,32 +15,35 @@ BASELINES = Path(__file__).with_name("baselines.csv")
 
 TIERS = {"easy": ((4, 2), (4, 3), (5, 2)), "medium": ((4, 4), (5, 3), (6, 2)), "hard": ((4, 5), (5, 4), (6, 3))}
 
-RAW, SHARED, WEIGHTED, RUN5 = "Run 5, raw P", "Run 2, shared", "Run 4, weighted", "Run 5"
+RUN5, RAW, NO_EXTRA = "Run 5", "Run 5, raw P", "Run 5, no extra"
+SHARED, WEIGHTED = "Run 2, shared", "Run 4, weighted"
 RUNS = {
-    "Run 2": "Run 2 as it was built, except that no code is in training and validation at once",
+    "Run 2": "Run 2 as it was built, but codes are split, not rows",
     "Run 4": "Run 4 as it ran, with equal weights; the design says that it has about 8 million parameters",
-    WEIGHTED: "Run 4 with the weights by epoch that were written for it and never in force",
+    WEIGHTED: "Run 4 with its weights by epoch, which never reached training in the published run",
     RAW: "Run 5 on the entries of P without extra codes: the design's input",
     "raw P, weight 1": "Run 5 on the entries of P, with equal weights of all groups; the design has 1 to 2",
     "raw P, weight 5": "Run 5 on the entries of P, with the weights of Run 2, 1 to 5",
     "raw P, extra": "Run 5 on the entries of P, with extra codes",
-    "no extra codes": "Run 5 on the features, without extra codes",
+    NO_EXTRA: "Run 5 on the features, without extra codes",
     "no dropout": "Run 5 on the features, with extra codes, without dropout",
     SHARED: "Run 2 on a third of the codes, each three times, and a random split of the rows",
 }
 
 # What is the same in two runs, what is changed, the run before the change and the run after it.
 WEIGHTS = ("raw P: equal weights -> 1 to 5", "raw P, weight 1", "raw P, weight 5")
-FEATURES = ("no extra codes: raw P -> features", RAW, "no extra codes")
+FEATURES = ("no extra codes: raw P -> features", RAW, NO_EXTRA)
 EXTRA = ("raw P: no extra codes -> extra codes", RAW, "raw P, extra")
+NETWORK = ("Run 2 -> Run 4", "Run 2", "Run 4")
 CHANGES = (
+    NETWORK,
+    ("Run 4: equal weights -> by epoch", "Run 4", WEIGHTED),
     WEIGHTS,
     ("raw P: equal weights -> the design's", "raw P, weight 1", RAW),
-    ("Run 4: equal weights -> by epoch", "Run 4", WEIGHTED),
     FEATURES,
     ("extra codes: raw P -> features", "raw P, extra", RUN5),
     EXTRA,
-    ("features: no extra codes -> extra codes", "no extra codes", RUN5),
+    ("features: no extra codes -> extra codes", NO_EXTRA, RUN5),
     ("features: dropout -> no dropout", RUN5, "no dropout"),
 )
 
@@ -77,11 +80,13 @@ def tier_means(errors: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({tier: errors.loc[list(groups)].mean(numeric_only=True) for tier, groups in tiers}).T
 
 
-def runs_text(rows: pd.DataFrame, seed: int, run5: pd.Series, published: pd.DataFrame) -> str:
+def runs_text(rows: pd.DataFrame, settings: dict, errors: pd.DataFrame, published: pd.DataFrame) -> str:
     """What the runs were, and what they show.
 
-    rows, published: of read_baselines. run5: the test errors of the present run, which has this seed, by k and m.
+    rows, published: of read_baselines. settings: seed, features and extra_codes of the present run. errors: its
+    log2-MSE on the test set, and that of the simple models (columns), by k and m.
     """
+    seed = settings["seed"]
     here = rows[rows["seed"] == seed].drop_duplicates("run").set_index("run")
     if here.empty:
         return "not trained with this dataset and seed."
@@ -90,17 +95,20 @@ def runs_text(rows: pd.DataFrame, seed: int, run5: pd.Series, published: pd.Data
         "queries and keys, which have no effect in attention over one vector and are not trained here."
     ]
     if (here["backend"] == "jax").any():
-        lines[0] += " JAX: trained on a GPU by Keras' JAX backend (data/rerun_on_jax.py)."
+        lines[0] += " JAX: trained on a GPU by Keras' JAX backend (data/rerun_on_jax.py); the others by TensorFlow."
     for run in [run for run in RUNS if run in here.index]:
         about = here.loc[run]
         ended = "" if about["ended"] == "complete" else f", stopped by {about['ended']}"
         size = f"{about['parameters']:,.0f} parameters, {about['epochs']:.0f} epochs{ended}"
         lines.append(f"{run:<18} {RUNS[run]} ({size}{', JAX' if about['backend'] == 'jax' else ''})")
-    validation = means_by_run(rows, "log2_mse")
-    test = {(RUN5, seed): tier_means(run5.to_frame("error"))["error"]} | means_by_run(rows, "test_log2_mse")
-    earlier = tier_means(published)
-    said = [weights_text(test, earlier), curriculum_text(here), departures_text(test, seed)]
-    said.append(leak_text(validation, test, seed, earlier["Run 2"]))
+    simple, earlier = tier_means(errors), tier_means(published)
+    test = means_by_run(rows, "test_log2_mse")
+    if settings["features"] == "basis" and settings["extra_codes"]:
+        test[RUN5, seed] = simple["run5"]
+    said = [earlier_text(test, seed, earlier), weights_text(test), curriculum_text(here)]
+    if settings["features"] == "basis":
+        said.append(departures_text(test, seed, simple["ridge"]))
+    said.append(leak_text(rows, seed, earlier["Run 2"]))
     return "\n".join(lines + changes_table(test) + [text for text in said if text])
 
 
@@ -133,22 +141,34 @@ def by_tier(values: dict[str, str]) -> str:
     return ", ".join(f"{value} ({tier})" for tier, value in values.items())
 
 
-def weights_text(tiers: dict[tuple[str, int], pd.Series], published: pd.DataFrame) -> str:
-    """What weights of 1 to 5 change, by the seeds trained with them and without; one seed alone says nothing.
+def change(before: pd.Series, after: pd.Series) -> str:
+    return by_tier({tier: f"{after[tier] / before[tier] - 1:+.1%}" for tier in TIERS})
 
-    published: tier_means of Run 2 and Run 4.
-    """
+
+def earlier_text(tiers: dict[tuple[str, int], pd.Series], seed: int, published: pd.DataFrame) -> str:
+    """Whether Run 4 is worse than Run 2, as published and as trained here. published: tier_means of both."""
+    _, base, run = NETWORK
+    if seed not in seeds_of_both(tiers, base, run):
+        return ""
+    return (
+        f"- The published errors of Run 4, against Run 2: {change(published[base], published[run])}. The design blames "
+        "weights of up to 5. But Run 2 had weights of 1 to 5, and those of Run 4 never reached training. Trained here, "
+        f"one run each, the test errors of Run 4 against Run 2: {change(tiers[base, seed], tiers[run, seed])}."
+    )
+
+
+def weights_text(tiers: dict[tuple[str, int], pd.Series]) -> str:
+    """What weights of 1 to 5 change, and how far seeds differ without them; one seed alone says nothing."""
     _, base, run = WEIGHTS
     if len(seeds := seeds_of_both(tiers, base, run)) < 2:
         return ""
-    changes = [tiers[run, seed] / tiers[base, seed] - 1 for seed in seeds]
-    found = {tier: [change[tier] for change in changes] for tier in TIERS}
-    blamed = {tier: f"{published['Run 4'][tier] / published['Run 2'][tier] - 1:+.1%}" for tier in TIERS}
+    changes = pd.DataFrame({seed: tiers[run, seed] / tiers[base, seed] - 1 for seed in seeds})
+    equal = pd.DataFrame({seed: tiers[base, seed] for seed in seeds})
+    seen = {tier: f"{changes.loc[tier].min():+.1%} to {changes.loc[tier].max():+.1%}" for tier in TIERS}
+    chance = {tier: f"{equal.loc[tier].max() / equal.loc[tier].min() - 1:.1%}" for tier in TIERS}
     return (
-        f"- The design blames weights of up to 5 for the published errors of Run 4, against Run 2: {by_tier(blamed)}. "
-        f"But Run 4 ran with equal weights, Run 2 with 1 to 5. On raw P, 1 to 5 in place of equal ones change the test "
-        f"error by {by_tier({tier: f'{min(x):+.1%} to {max(x):+.1%}' for tier, x in found.items()})}, in "
-        f"{len(seeds)} seeds."
+        f"- On raw P, weights of 1 to 5 in place of equal ones change the test error by {by_tier(seen)}, in "
+        f"{len(seeds)} seeds. With equal weights, it differs by {by_tier(chance)} between these seeds."
     )
 
 
@@ -158,39 +178,42 @@ def curriculum_text(runs: pd.DataFrame) -> str:
         return ""
     large, best, last = 61, runs["best_epoch"][WEIGHTED], runs["epochs"][WEIGHTED]
     return (
-        f"- Run 4's weights by epoch give hard groups 0.2 to 0.5 at first, and 2.0 to 6.5 from epoch {large} on. The "
-        f"run with them ended by its own early stopping after {last:.0f} epochs. Its best epoch is {best:.0f}, "
+        f"- Run 4's weights by epoch give hard groups 0.2 to 0.5 at first, and 2.0 or more from epoch {large} on. The "
+        f"run with them ended after {last:.0f} epochs. Its best epoch is {best:.0f}, "
         f"{'before' if best < large else 'when'} hard groups have the large weights."
     )
 
 
-def departures_text(tiers: dict[tuple[str, int], pd.Series], seed: int) -> str:
-    """What features and extra codes bring, each alone."""
-    parts = []
-    for what, (_, base, run) in (("features alone", FEATURES), ("extra codes alone", EXTRA)):
-        if seed in seeds_of_both(tiers, base, run):
-            factors = (tiers[base, seed] / tiers[run, seed])[list(TIERS)].items()
-            shown = {tier: f"{factor:.3g}" if factor < 1000 else "over 1000" for tier, factor in factors}
-            parts.append(f"{what} divide it by {by_tier(shown)}")
-    return f"- The test error on raw P without extra codes: {'; '.join(parts)}." if parts else ""
+def departures_text(tiers: dict[tuple[str, int], pd.Series], seed: int, ridge: pd.Series) -> str:
+    """What features and extra codes bring, each alone, and the features without a network. ridge: its tier_means."""
+    if not {seed} <= {*seeds_of_both(tiers, *FEATURES[1:])} & {*seeds_of_both(tiers, *EXTRA[1:])}:
+        return ""
+
+    def factors(after: pd.Series) -> str:
+        divided = tiers[RAW, seed] / after
+        return by_tier({tier: f"{divided[tier]:.3g}" if divided[tier] < 1000 else "over 1000" for tier in TIERS})
+
+    return (
+        "- The test error on raw P without extra codes is divided by "
+        f"{factors(tiers[FEATURES[2], seed])} by the features, with the largest bound added at the output. Without a "
+        f"network, ridge regression on the features divides it by {factors(ridge)}. Extra codes alone divide it by "
+        f"{factors(tiers[EXTRA[2], seed])}."
+    )
 
 
-def leak_text(validation: dict, test: dict, seed: int, published: pd.Series) -> str:
-    """How far shared codes bring the validation error of Run 2 to the published one, and what they do on new codes.
-
-    validation, test: tier_means by run and seed. published: those of Run 2.
-    """
+def leak_text(rows: pd.DataFrame, seed: int, published: pd.Series) -> str:
+    """Whether shared codes bring the validation error of Run 2 to the published one. published: its tier_means."""
+    test, validation = means_by_run(rows, "test_log2_mse"), means_by_run(rows, "log2_mse")
     if seed not in seeds_of_both(test, "Run 2", SHARED):
         return ""
-    split, shared, parts = validation["Run 2", seed], validation[SHARED, seed], []
-    for tier in TIERS:
-        way = (split[tier] - shared[tier]) / (split[tier] - published[tier])
-        reached = f"{way:.0%} of the way to" if way < 1 else "past"
-        parts.append(
-            f"{split[tier]:.3f} to {shared[tier]:.3f} in {tier}, {reached} the published {published[tier]:.3f}"
-        )
+    split, shared = validation["Run 2", seed], validation[SHARED, seed]
+    falls = [f"{split[tier]:.3f} to {shared[tier]:.3f} in {tier} ({published[tier]:.3f})" for tier in TIERS]
+    below = [tier for tier in TIERS if shared[tier] < published[tier]]
+    about = rows[(rows["run"] == SHARED) & (rows["seed"] == seed)].iloc[0]
     return (
-        f"- With most validation codes in training too, the validation error of Run 2 goes from {'; '.join(parts)}. On "
-        f"the test set, that is on new codes, the run with shared codes has {test[SHARED, seed]['overall']:.3f} "
-        f"overall, the other one {test['Run 2', seed]['overall']:.3f}."
+        f"- With most validation codes in training too, the validation error of Run 2 (published) goes from "
+        f"{', '.join(falls)}: below the published one in {' and '.join(below) or 'no tier'}. This run has a third of "
+        f"the codes, and its best epoch is {about['best_epoch']:.0f} of {about['epochs']:.0f}. On the test set it has "
+        f"{test[SHARED, seed]['overall']:.3f} overall, the run on all codes without sharing "
+        f"{test['Run 2', seed]['overall']:.3f}."
     )

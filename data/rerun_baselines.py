@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_model_v5 as run5
 from data import prepare
 from data.command_line import OneLineParser, status_of_main, whole
-from data.comparison import BASELINES, RAW, SHARED
+from data.comparison import BASELINES, NO_EXTRA, RAW, SHARED, WEIGHTED
 from data.files import InputError, write_whole
 from data.heights import GROUPS, P_WIDTH
 
@@ -170,7 +170,7 @@ RUN4 = Recipe("Run 4", build_run4, no_weights, 7e-4, cosine, 25, (0.5, 10, 1e-7)
 RECIPES = {
     "run2": RUN2,
     "run4": RUN4,
-    "run4-curriculum": replace(RUN4, name="Run 4, weighted", weights=curriculum),
+    "run4-curriculum": replace(RUN4, name=WEIGHTED, weights=curriculum),
     "run2-shared": replace(RUN2, name=SHARED, shared=True),
 }
 # Run 5 with other settings than its defaults.
@@ -180,7 +180,7 @@ VARIANTS = {
     "run5-raw-weights-1": ("raw P, weight 1", ON_P | WITHOUT_EXTRA | {"group_weights": dict.fromkeys(GROUPS, 1.0)}),
     "run5-raw-weights-5": ("raw P, weight 5", ON_P | WITHOUT_EXTRA | {"group_weights": RUN2_WEIGHTS}),
     "run5-raw-extra": ("raw P, extra", ON_P),
-    "run5-without-extra": ("no extra codes", WITHOUT_EXTRA),
+    "run5-without-extra": (NO_EXTRA, WITHOUT_EXTRA),
     "run5-without-dropout": ("no dropout", {"dropout": 0.0}),
 }
 RUNS = [*(run for run in RECIPES if run != "run2-shared"), *VARIANTS, "run2-shared"]

@@ -147,10 +147,16 @@ def test_every_run_has_its_words_and_the_changes_are_between_runs_that_are_train
 def own():
     """Rows of a measured run: log2-MSE of 1 on the test set, as published for Run 4 on the validation set."""
     published = pd.read_csv(comparison.BASELINES).query("run == 'Run 4' and source == 'published'")
-    return published.assign(source="measured", ended="complete", epochs=7, parameters=9, test_log2_mse=1.0, seed=42)
+    return published.assign(
+        source="measured", ended="complete", epochs=7, best_epoch=5, parameters=9, test_log2_mse=1.0, seed=42
+    )
 
 
-RUN5_ERRORS = pd.Series(1.0, pd.MultiIndex.from_tuples(GROUPS, names=["k", "m"]))
+RUN5_ERRORS = pd.DataFrame({"run5": 1.0, "ridge": 0.25}, pd.MultiIndex.from_tuples(GROUPS, names=["k", "m"]))
+
+
+def settings(seed=42, features="basis", extra_codes=4):
+    return {"seed": seed, "features": features, "extra_codes": extra_codes}
 
 
 def test_the_report_says_what_a_change_does_for_each_tier_and_seed(own):
@@ -158,27 +164,29 @@ def test_the_report_says_what_a_change_does_for_each_tier_and_seed(own):
     rows = pd.concat(
         [
             own.assign(run="raw P, weight 1"),
-            own.assign(run="raw P, weight 1", seed=1),
+            own.assign(run="raw P, weight 1", seed=1, test_log2_mse=0.8),
             own.assign(run="raw P, weight 5", test_log2_mse=factor),
-            own.assign(run="raw P, weight 5", seed=1, test_log2_mse=1.1, ended="--epochs 7"),
+            own.assign(run="raw P, weight 5", seed=1, test_log2_mse=0.88, ended="--epochs 7"),
             own.assign(run="no dropout", test_log2_mse=0.9),
-            own.assign(run="no dropout", seed=1, test_log2_mse=0.8),
+            own.assign(run="no dropout", seed=1, test_log2_mse=0.7),
         ]
     )
     earlier = comparison.read_baselines("any")[0]
-    text = comparison.runs_text(rows, 42, RUN5_ERRORS, earlier)
-    for seed, hard in ((1, "1.0000 -> 1.1000"), (42, "1.0000 -> 2.0000")):
-        others = "1.0000 -> 1.1000" if seed == 1 else "1.0000 -> 0.5000"
+    text = comparison.runs_text(rows, settings(), RUN5_ERRORS, earlier)
+    for seed, hard in ((1, "0.8000 -> 0.8800"), (42, "1.0000 -> 2.0000")):
+        others = "0.8000 -> 0.8800" if seed == 1 else "1.0000 -> 0.5000"
         assert re.search(rf"^ *raw P: equal weights -> 1 to 5 +{seed} {others} {others} {hard}$", text, re.M)
     assert re.search(r"^ *features: dropout -> no dropout +42( 1\.0000 -> 0\.9000){3}$", text, re.M)
-    assert "0.8000" not in text  # Run 5 itself has not been trained with seed 1.
+    assert "0.7000" not in text  # Run 5 itself has not been trained with seed 1.
     assert "error by -50.0% to +10.0% (easy), -50.0% to +10.0% (medium), +10.0% to +100.0% (hard), in 2 seeds." in text
-    assert "against Run 2: +41.5% (easy), +18.7% (medium), -1.7% (hard)." in text  # Published means of their groups.
-    assert "divide it by" not in text and "of the way" not in text and "epoch 61" not in text and "JAX" not in text
+    assert "equal weights, it differs by 25.0% (easy), 25.0% (medium), 25.0% (hard) between these seeds." in text
+    assert all(absent not in text for absent in ("divided by", "published", "epoch 61", "JAX"))
     assert "raw P, weight 5 " in text and "(9 parameters, 7 epochs)" in text and "stopped by" not in text
-    assert "blames" not in comparison.runs_text(rows.query("seed == 42"), 42, RUN5_ERRORS, earlier)
-    assert "stopped by --epochs 7" in comparison.runs_text(rows, 1, RUN5_ERRORS, earlier)
-    assert comparison.runs_text(rows, 2, RUN5_ERRORS, earlier) == "not trained with this dataset and seed."
+    assert "in place of equal" not in comparison.runs_text(rows.query("seed == 42"), settings(), RUN5_ERRORS, earlier)
+    for other in (settings(extra_codes=0), settings(features="raw")):  # The present run is not Run 5 then.
+        assert "dropout -> no dropout" not in comparison.runs_text(rows, other, RUN5_ERRORS, earlier)
+    assert "stopped by --epochs 7" in comparison.runs_text(rows, settings(1), RUN5_ERRORS, earlier)
+    assert comparison.runs_text(rows, settings(2), RUN5_ERRORS, earlier) == "not trained with this dataset and seed."
 
 
 def test_the_report_says_what_each_departure_and_what_shared_codes_do(own):
@@ -189,22 +197,29 @@ def test_the_report_says_what_each_departure_and_what_shared_codes_do(own):
             own.assign(run="Run 2, shared", log2_mse=own["log2_mse"].to_numpy()),
             own.assign(run="Run 5, raw P"),
             own.assign(run="raw P, extra", test_log2_mse=0.8),
-            own.assign(run="no extra codes", test_log2_mse=0.0005),
+            own.assign(run="Run 5, no extra", test_log2_mse=0.0005),
+            own.assign(run="Run 4", test_log2_mse=1.1),
             own.assign(run="Run 4, weighted", epochs=99, best_epoch=60, backend="jax"),
         ]
     )
-    about = {(4, 2): 0.0, (4, 3): 0.0, (5, 2): 0.0, (4, 4): 2.0}
-    text = comparison.runs_text(rows, 42, RUN5_ERRORS, earlier.assign(**{"Run 2": pd.Series(about)}).fillna(0.0))
-    features = "features alone divide it by over 1000 (easy), over 1000 (medium), over 1000 (hard)"
-    assert f"{features}; extra codes alone divide it by 1.25 (easy), 1.25 (medium), 1.25 (hard)." in text
-    # Run 4's published means are 0.144667, 0.313667 and 1.134667; the way from them + 1 to 0 is so much longer.
-    assert "goes from 1.145 to 0.145 in easy, 87% of the way to the published 0.000; 1.314 to" in text
-    assert " to 0.314 in medium, past the published 0.667; 2.135 to 1.135 in hard, 47% of the way" in text
-    assert "shared codes has 1.000 overall, the other one 1.000." in text
+    published = earlier.assign(**{"Run 2": pd.Series({group: 0.1 for group in comparison.TIERS["easy"]})}).fillna(1.0)
+    text = comparison.runs_text(rows, settings(), RUN5_ERRORS, published)
+    over = "over 1000 (easy), over 1000 (medium), over 1000 (hard)"
+    assert f"is divided by {over} by the features, with the largest bound added" in text
+    assert "on the features divides it by 4 (easy), 4 (medium), 4 (hard). Extra codes alone divide it by 1.25" in text
+    # Run 4's published means are 0.144667, 0.313667 and 1.134667.
+    assert "Run 4, against Run 2: +44.7% (easy), -68.6% (medium), +13.5% (hard)." in text
+    assert (
+        "one run each, the test errors of Run 4 against Run 2: +10.0% (easy), +10.0% (medium), +10.0% (hard)." in text
+    )
+    assert "1.145 to 0.145 in easy (0.100), 1.314 to 0.314 in medium (1.000), 2.135 to 1.135 in hard (1.000)" in text
+    assert "below the published one in medium. This run" in text and "its best epoch is 5 of 7." in text
+    assert "it has 1.000 overall, the run on all codes without sharing 1.000." in text
     assert "after 99 epochs. Its best epoch is 60, before hard groups have the large weights." in text
     assert "(9 parameters, 99 epochs, JAX)" in text and "JAX: trained on a GPU" in text
     rows.loc[rows["run"] == "Run 4, weighted", "best_epoch"] = 61
-    assert "is 61, when hard groups have the" in comparison.runs_text(rows, 42, RUN5_ERRORS, earlier)
+    assert "is 61, when hard groups have the" in comparison.runs_text(rows, settings(), RUN5_ERRORS, earlier)
+    assert "ridge" not in comparison.runs_text(rows, settings(features="raw"), RUN5_ERRORS, earlier)
 
 
 def test_a_run_that_was_stopped_goes_on_and_other_rows_stay(eager, small_npz, tmp_path):
