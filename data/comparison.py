@@ -164,10 +164,10 @@ def weights_text(tiers: dict[tuple[str, int], pd.Series]) -> str:
         return ""
     changes = pd.DataFrame({seed: tiers[run, seed] / tiers[base, seed] - 1 for seed in seeds})
     equal = pd.DataFrame({seed: tiers[base, seed] for seed in seeds})
-    seen = {tier: f"{changes.loc[tier].min():+.1%} to {changes.loc[tier].max():+.1%}" for tier in TIERS}
+    found = {tier: f"{changes.loc[tier].min():+.1%} to {changes.loc[tier].max():+.1%}" for tier in TIERS}
     chance = {tier: f"{equal.loc[tier].max() / equal.loc[tier].min() - 1:.1%}" for tier in TIERS}
     return (
-        f"- On raw P, weights of 1 to 5 in place of equal ones change the test error by {by_tier(seen)}, in "
+        f"- On raw P, weights of 1 to 5 in place of equal ones change the test error by {by_tier(found)}, in "
         f"{len(seeds)} seeds. With equal weights, it differs by {by_tier(chance)} between these seeds."
     )
 
