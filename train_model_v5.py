@@ -622,7 +622,7 @@ def plot_predictions(test_set: Dataset, predicted: np.ndarray, path: Path) -> No
 def plot_comparison(published: pd.DataFrame, test: pd.DataFrame, measured: pd.DataFrame, path: Path) -> None:
     """log2-MSE by (k, m) group: a colour and shape for each run, hollow where published; levels for simple models."""
     groups, least = [group for tier in TIERS.values() for group in tier], 1e-5
-    test, measured = (table.loc[groups].clip(lower=least) for table in (test, measured))
+    published, test, measured = (table.loc[groups].clip(lower=least) for table in (published, test, measured))
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     panel, x = figure.subplots(), np.arange(9)
     for name, color, width in zip(SIMPLE, ("C7", "C8", "C2"), (2, 6, 2), strict=True):
@@ -632,17 +632,14 @@ def plot_comparison(published: pd.DataFrame, test: pd.DataFrame, measured: pd.Da
     for i, (run, marker, color) in enumerate(zip(RUNS, "osD^v<>pPX", colors, strict=True)):
         for table, fill, said in ((published, "none", "published"), (measured, color, "test set")):
             if run in table:
-                at, y = x + 0.08 * i - 0.36, table[run].loc[groups]
-                panel.plot(at, y, marker, color=color, mfc=fill, label=f"{run}, {said}")
+                panel.plot(x + 0.08 * i - 0.36, table[run], marker, color=color, mfc=fill, label=f"{run}, {said}")
     panel.plot(x, test["run5"], "k*", markersize=14, label="Run 5, test set")
     for i, tier in enumerate(TIERS):
         panel.hlines(TARGETS[tier], 3 * i - 0.5, 3 * i + 2.5, "C3", label=None if i else "target, mean of the tier")
         panel.axvline(3 * i - 0.5, color="lightgray")
         panel.text(3 * i + 1, 6, tier, horizontalalignment="center")
     panel.set_xticks(x, [f"k={k}, m={m}" for k, m in groups])
-    panel.set(
-        title="Run 5, other networks, and predictions without one; hollow: published, on other data", yscale="log"
-    )
+    panel.set(title="Networks, and predictions without one; hollow: published, on other data", yscale="log")
     panel.set(ylabel=f"MSE of log2 height ({least:g}: this or less)", ylim=(least / 2, 10), xlim=(-0.5, 8.5))
     panel.grid(axis="y", alpha=0.3)
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4)

@@ -1,7 +1,6 @@
 """The trainings that Run 5 is compared with: their errors in baselines.csv, and what they show.
 
-data/rerun_baselines.py, or data/rerun_on_jax.py, trains them and writes the file; the report of train_model_v5.py shows
-it.
+data/rerun_baselines.py trains them, or data/rerun_on_jax.py, and writes the file; train_model_v5.py reports it.
 """
 
 from pathlib import Path
@@ -108,7 +107,7 @@ def runs_text(rows: pd.DataFrame, settings: dict, errors: pd.DataFrame, publishe
     said = [earlier_text(test, seed, earlier), weights_text(test), curriculum_text(here)]
     if settings["features"] == "basis":
         said.append(departures_text(test, seed, simple["ridge"]))
-    said.append(leak_text(rows, seed, earlier["Run 2"]))
+    said.append(leak_text(rows, test, seed, earlier["Run 2"]))
     return "\n".join(lines + changes_table(test) + [text for text in said if text])
 
 
@@ -186,7 +185,7 @@ def curriculum_text(runs: pd.DataFrame) -> str:
 
 def departures_text(tiers: dict[tuple[str, int], pd.Series], seed: int, ridge: pd.Series) -> str:
     """What features and extra codes bring, each alone, and the features without a network. ridge: its tier_means."""
-    if not {seed} <= {*seeds_of_both(tiers, *FEATURES[1:])} & {*seeds_of_both(tiers, *EXTRA[1:])}:
+    if not all(seed in seeds_of_both(tiers, base, run) for _, base, run in (FEATURES, EXTRA)):
         return ""
 
     def factors(after: pd.Series) -> str:
@@ -201,11 +200,11 @@ def departures_text(tiers: dict[tuple[str, int], pd.Series], seed: int, ridge: p
     )
 
 
-def leak_text(rows: pd.DataFrame, seed: int, published: pd.Series) -> str:
+def leak_text(rows: pd.DataFrame, test: dict[tuple[str, int], pd.Series], seed: int, published: pd.Series) -> str:
     """Whether shared codes bring the validation error of Run 2 to the published one. published: its tier_means."""
-    test, validation = means_by_run(rows, "test_log2_mse"), means_by_run(rows, "log2_mse")
     if seed not in seeds_of_both(test, "Run 2", SHARED):
         return ""
+    validation = means_by_run(rows, "log2_mse")
     split, shared = validation["Run 2", seed], validation[SHARED, seed]
     falls = [f"{split[tier]:.3f} to {shared[tier]:.3f} in {tier} ({published[tier]:.3f})" for tier in TIERS]
     below = [tier for tier in TIERS if shared[tier] < published[tier]]

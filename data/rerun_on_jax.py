@@ -3,7 +3,7 @@
     python data/rerun_on_jax.py --runs run4 --seed 1
 
 The options, the code that trains and the rows of the csv are those of rerun_baselines.py; only the random numbers
-differ. A training takes minutes where two CPU cores take hours. What is trained on the features needs TensorFlow.
+differ. A training takes minutes where two CPU cores take an hour and more. The features need TensorFlow.
 """
 
 import os
