@@ -1,8 +1,8 @@
 """The matrices P of which data/prepare.py makes the dataset: random ones, and those of low codes.
 
-Codes of small m-height are the ones that are looked for in practice, and random matrices hardly ever give one. So a
-share of every group is made to be low: by a search that starts at random matrices, and by two kinds of matrices whose
-heights are small by construction.
+Codes of small m-height are the ones that are looked for in practice, and random matrices hardly
+ever give one. So a share of every group is made to be low: by a search that starts at random
+matrices, and by two kinds of matrices whose heights are small by construction.
 """
 
 import numpy as np
@@ -22,9 +22,9 @@ SEARCH_ROUNDS = (5, 300)
 def random_matrices(rng: np.random.Generator, count: int, k: int, r: int) -> np.ndarray:
     """Random integer matrices P, shape (count, k, r), entries in [-MAX_ENTRY, MAX_ENTRY].
 
-    Nearly all have entries uniform on [-R, R], R from UNIFORM_RANGES. A share STRUCTURED_SHARE is structured, a third
-    each: entries in {-1, 0, 1}; one column equal to another but for a step of -1, 0 or 1 in each row; rank one
-    less than full.
+    Nearly all have entries uniform on [-R, R], R from UNIFORM_RANGES. A share STRUCTURED_SHARE is
+    structured, a third each: entries in {-1, 0, 1}; one column equal to another but for a step of
+    -1, 0 or 1 in each row; rank one less than full.
     """
     ranges = rng.choice(list(UNIFORM_RANGES), size=(count, 1, 1), p=list(UNIFORM_RANGES.values()))
     P = rng.integers(-ranges, ranges + 1, size=(count, k, r))
@@ -35,17 +35,22 @@ def random_matrices(rng: np.random.Generator, count: int, k: int, r: int) -> np.
     step = rng.integers(-1, 2, size=(len(near), k))
     P[near, :, 1] = np.clip(P[near, :, 0] + step, -MAX_ENTRY, MAX_ENTRY)
     rank = min(k, r) - 1
-    left, right = rng.integers(-3, 4, size=(len(low), k, rank)), rng.integers(-8, 9, size=(len(low), rank, r))
+    left, right = (
+        rng.integers(-3, 4, size=(len(low), k, rank)),
+        rng.integers(-8, 9, size=(len(low), rank, r)),
+    )
     P[low] = left @ right
     return P
 
 
 def low_matrices(rng: np.random.Generator, count: int, k: int, m: int) -> np.ndarray:
-    """Matrices P of codes of small m-height, shape (count, k, N - k), of the three kinds of LOW_KINDS.
+    """Matrices P of codes of small m-height, shape (count, k, N - k), of the three kinds of
+    LOW_KINDS.
 
-    Searched: random matrices improved by `search`, for a number of rounds that is log-uniform on SEARCH_ROUNDS, so that
-    everything between random and low is there. Near-constant: all entries c + e, c uniform on [10, MAX_ENTRY - 8], e
-    uniform on [-w, w], w one of 1, 2, 4, 8. Small: entries uniform on [a, b], a from -3 to 0, b from 1 to 3.
+    Searched: random matrices improved by `search`, for a number of rounds that is log-uniform on
+    SEARCH_ROUNDS, so that everything between random and low is there. Near-constant: all entries c
+    + e, c uniform on [10, MAX_ENTRY - 8], e uniform on [-w, w], w one of 1, 2, 4, 8. Small: entries
+    uniform on [a, b], a from -3 to 0, b from 1 to 3.
     """
     kind = rng.choice(3, size=count, p=list(LOW_KINDS.values()))
     P = random_matrices(rng, count, k, N - k)
@@ -53,7 +58,10 @@ def low_matrices(rng: np.random.Generator, count: int, k: int, m: int) -> np.nda
     width = rng.choice([1, 2, 4, 8], size=(len(near), 1, 1))
     centre = rng.integers(10, MAX_ENTRY - 7, size=(len(near), 1, 1))
     P[near] = centre + rng.integers(-width, width + 1, size=(len(near), k, N - k))
-    least, most = rng.integers(-3, 1, size=(len(small), 1, 1)), rng.integers(1, 4, size=(len(small), 1, 1))
+    least, most = (
+        rng.integers(-3, 1, size=(len(small), 1, 1)),
+        rng.integers(1, 4, size=(len(small), 1, 1)),
+    )
     P[small] = rng.integers(least, most + 1, size=(len(small), k, N - k))
 
     searched = np.flatnonzero(kind == 0)
@@ -63,10 +71,11 @@ def low_matrices(rng: np.random.Generator, count: int, k: int, m: int) -> np.nda
 
 
 def search(rng: np.random.Generator, P: np.ndarray, m: int, rounds: np.ndarray) -> np.ndarray:
-    """P, shape (count, k, r), after so many rounds each, in which one or two entries change if the m-height falls.
+    """P, shape (count, k, r), after so many rounds each, in which one or two entries change if the
+    m-height falls.
 
-    Entries stay within the largest absolute entry that their matrix begins with. Half of the changes take a new entry
-    from that whole range, half move one by at most an eighth of it.
+    Entries stay within the largest absolute entry that their matrix begins with. Half of the
+    changes take a new entry from that whole range, half move one by at most an eighth of it.
     """
     order = np.argsort(-rounds, kind="stable")
     flat, rounds = P.reshape(len(P), -1)[order], rounds[order]

@@ -1,0 +1,419 @@
+"""Codes with their heights, and the files that hold them: course pickles, npz and csv.
+
+What people bring is read with care. Nothing in a file is executed, every row is checked, and what
+cannot be used is refused in one line that names the file and the row (from 0).
+"""
+
+import hashlib
+import io
+import operator
+import os
+import pickle
+import pickletools
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from data.heights import GROUPS, REAL_ENTRY_MAX, REAL_ENTRY_MIN, N, code_keys, m_heights
+
+P_WIDTH = 20  # Entries of the largest P of the trained groups.
+LONGEST = 12  # Codes in files can be labelled up to this length.
+LABEL_TOLERANCE = 1e-4  # In log2: files may have been labelled by a numerical solver.
+CONVERT = "save its columns by np.savez('codes.npz', k=k, m=m, P=P, height=height), see the README"
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. One line: what is wrong, where, what was expected."""
+
+
+# --- codes ----------------------------------------------------------------------------------------
+
+
+class Codes(NamedTuple):
+    """Codes, row by row. n, k, m: int64 (rows,). P: float64 (rows, width), the entries of each P
+    row by row, padded with zeros. The width is P_WIDTH unless a P has more entries."""
+
+    n: np.ndarray
+    k: np.ndarray
+    m: np.ndarray
+    P: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled codes of length N, row by row.
+
+    k, m: int64 (rows,); P: (rows, P_WIDTH), as in Codes; height: float64 (rows,); key: (rows,), of
+    code_keys, equal for equivalent codes; low: bool (rows,), made to have a small height, False
+    where that is not known; features: what the network is fed for P, float32 (rows, width), or
+    None; about: file, sha256, rows, duplicates, rows of infinite height left out, origin of labels.
+    """
+
+    k: np.ndarray
+    m: np.ndarray
+    P: np.ndarray
+    height: np.ndarray
+    key: np.ndarray
+    low: np.ndarray
+    features: np.ndarray | None = None
+    about: dict = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.height)
+
+    @cached_property
+    def group(self) -> np.ndarray:
+        """Each row's (k, m) group as its position in GROUPS, int64 (rows,)."""
+        return group_numbers(self.k, self.m)
+
+    @cached_property
+    def log2_height(self) -> np.ndarray:
+        """float64 (rows,)"""
+        return np.log2(self.height)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The arrays that every dataset has, by name."""
+        return {name: getattr(self, name) for name in ("k", "m", "P", "height", "key", "low")}
+
+    def take(self, rows: np.ndarray) -> "Dataset":
+        """The dataset of these rows alone, without features. rows: positions, or bool (rows,)."""
+        return replace(self, features=None, **{n: x[rows] for n, x in self.columns().items()})
+
+    def extended(self, other: "Dataset") -> "Dataset":
+        """The dataset with the rows of another after its own, without features."""
+        pairs = zip(self.columns().items(), other.columns().values(), strict=True)
+        return replace(self, features=None, **{n: np.concatenate([x, y]) for (n, x), y in pairs})
+
+
+def group_numbers(k: np.ndarray, m: np.ndarray) -> np.ndarray:
+    """The position of each (k, m) in GROUPS, int64 (rows,), -1 where it is none of them."""
+    return pd.MultiIndex.from_tuples(GROUPS).get_indexer(pd.MultiIndex.from_arrays([k, m]))
+
+
+def flatten(P: np.ndarray) -> np.ndarray:
+    """P of shape (batch, k, n - k) as rows of P_WIDTH numbers: row by row, padded with zeros."""
+    flat = P.reshape(len(P), -1)
+    return np.pad(flat, ((0, 0), (0, P_WIDTH - flat.shape[1])))
+
+
+def unflatten(flat: np.ndarray, k: int, n: int = N) -> np.ndarray:
+    """The matrices P, shape (batch, k, n - k), from rows of numbers padded with zeros."""
+    return flat[:, : k * (n - k)].reshape(len(flat), k, n - k)
+
+
+def exact_heights(codes: Codes) -> np.ndarray:
+    """The exact height of each row, float64 (rows,), inf where it is infinite."""
+    heights = np.empty(len(codes.k))
+    table = pd.DataFrame({"n": codes.n, "k": codes.k, "m": codes.m})
+    for (n, k, m), rows in table.groupby(["n", "k", "m"]).indices.items():
+        heights[rows] = m_heights(unflatten(codes.P[rows], k, n), [m])[:, 0]
+    return heights
+
+
+# --- pickles --------------------------------------------------------------------------------------
+
+
+class _Dtype:
+    """Stands in for numpy.dtype, which a damaged pickle can crash: numbers of at most 8 bytes."""
+
+    def __init__(self, code: str) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+    def read(self, raw: bytes) -> np.ndarray:
+        if not re.fullmatch("[biuf][1248]", self.code):
+            raise pickle.UnpicklingError(f"an array of dtype {self.code!r}, expected numbers")
+        return np.frombuffer(raw, np.dtype(self.code).newbyteorder(self.order))
+
+
+class _Array:
+    """Stands in for numpy.ndarray. np.asarray makes it one."""
+
+    def __init__(self, values: np.ndarray | None = None) -> None:
+        self.values = values
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, raw = state
+        self.values = dtype.read(raw).reshape(shape, order="F" if fortran else "C")
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.values if dtype is None else self.values.astype(dtype)
+
+    def __repr__(self) -> str:
+        return f"<array of shape {np.shape(self.values)}>"
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads plain containers, numbers, strings and NumPy's arrays. All other names are refused."""
+
+    def find_class(self, module: str, name: str):
+        # The functions are made anew each time, since a pickle can set attributes of what it gets.
+        match module.replace("numpy.core", "numpy._core"), name:
+            case "numpy", "ndarray":
+                return None  # It is only handed to _reconstruct.
+            case "numpy", "dtype":
+                return lambda code, *_: _Dtype(code)
+            case "numpy._core.multiarray", "_reconstruct":
+                return lambda *_: _Array()
+            case "numpy._core.multiarray", "scalar":
+                return lambda dtype, raw: dtype.read(raw).item()
+            case "numpy._core.numeric", "_frombuffer":
+                return lambda raw, dtype, shape, order: _Array(
+                    dtype.read(raw).reshape(shape, order=order)
+                )
+            case "_codecs", "encode":
+                return lambda text, encoding: text.encode("latin1")
+        hint = f"; {CONVERT}" if module.split(".")[0] in ("pandas", "joblib") else ""
+        raise pickle.UnpicklingError(f"it names {module}.{name}, expected numbers and arrays{hint}")
+
+
+def _read_pickle(path: Path, content: bytes):
+    """The object in a pickle, arrays in it as _Array. Raises InputError where it is not plain."""
+    try:
+        for opcode, argument, _ in pickletools.genops(content):
+            # The unpickler makes room for as many objects as the number of the last one says.
+            if "PUT" in opcode.name and argument > len(content):
+                raise pickle.UnpicklingError("it is damaged")
+        return _Unpickler(io.BytesIO(content)).load()
+    except Exception as error:  # A damaged pickle can raise anything.
+        raise InputError(f"{path}: cannot be read as npz or pickle: {one_line(error)}") from None
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def one_line(value) -> str:
+    """The text of an error, or what a value looks like, in one short line."""
+    text = str(value) if isinstance(value, Exception) else reprlib.repr(value)
+    return " ".join(text.split()) or type(value).__name__
+
+
+def _require(source, good: np.ndarray, found: Callable[[int], object], expected: str) -> None:
+    """Raise InputError for the first row that is not good. found: says what a row has."""
+    if not good.all():
+        row = int(np.argmin(good))
+        raise InputError(f"{source}: row {row}: found {found(row)}, expected {expected}")
+
+
+def _checked(source: Path | str, n, k, m, P: np.ndarray, trained: bool) -> Codes:
+    """The codes in these columns, if all of them can be used. Else raises InputError."""
+    if not len(k):
+        raise InputError(f"{source}: found no rows, expected codes")
+    if trained:
+        good = (n == N) & (group_numbers(k, m) >= 0)
+        expected = f"n = {N} and (k, m) one of {', '.join(map(str, GROUPS))}"
+    else:
+        good = (n <= LONGEST) & (k >= 1) & (k < n) & (m >= 1) & (m <= n - k)
+        good &= np.all([x == np.rint(x) for x in (n, k, m)], axis=0)
+        expected = f"integers, n up to {LONGEST}, k from 1 to n - 1 and m from 1 to n - k"
+    _require(source, good, lambda i: f"(n, k, m) = ({n[i]}, {k[i]}, {m[i]})", expected)
+    n, k, m = (x.astype(np.int64) for x in (n, k, m))
+    size, entries = np.abs(P), k * (n - k)
+    after = np.arange(P.shape[1]) >= entries[:, None]
+    good = (entries <= P.shape[1]) & (size == 0).all(axis=1, where=after)
+    _require(source, good, lambda i: "P of another size", "k * (n - k) entries, then zeros")
+    good = ((size == 0) | (size >= REAL_ENTRY_MIN) & (size <= REAL_ENTRY_MAX)).all(axis=1)
+    expected = f"finite ones, 0 or {REAL_ENTRY_MIN:g} to {REAL_ENTRY_MAX:g} in size"
+    _require(source, good, lambda i: f"entries {one_line(P[i])}", expected)
+    P = P[:, : max(P_WIDTH, entries.max())].astype(np.float64)
+    return Codes(n, k, m, np.pad(P, ((0, 0), (0, max(0, P_WIDTH - P.shape[1])))))
+
+
+def codes_from_rows(source: Path | str, rows: Sequence, trained: bool = True) -> Codes:
+    """Codes from the course's list of [n, k, m, P]; P an array or nested lists of shape (k, n - k),
+    or flat.
+
+    trained: whether n and (k, m) have to be those of the trained groups. Raises InputError, with
+    `source` and the row, for anything else, and for entries that are not finite or out of range.
+    """
+    numbers, matrices = np.zeros((len(rows), 3), dtype=np.int64), []
+    for i, row in enumerate(rows):
+        try:
+            n, k, m, P = row
+            numbers[i] = operator.index(n), operator.index(k), operator.index(m)
+            matrices.append(np.asarray(P))
+            if matrices[i].dtype.kind not in "iuf":
+                raise TypeError
+        except (TypeError, ValueError, OverflowError):
+            expected = "[n, k, m, P], three integers and a matrix of numbers"
+            raise InputError(f"{source}: row {i}: found {one_line(row)}, {expected=!s}") from None
+    P = np.zeros((len(rows), max([P_WIDTH, *(matrix.size for matrix in matrices)])))
+    for padded, matrix in zip(P, matrices, strict=True):
+        padded[: matrix.size] = matrix.ravel()
+    codes = _checked(source, *numbers.T, P, trained)
+    shapes = [matrix.shape for matrix in matrices]
+    of_code = [{(k, n - k), (k * (n - k),)} for n, k, _ in numbers.tolist()]
+    good = np.array([shape in fit for shape, fit in zip(shapes, of_code, strict=True)])
+    _require(source, good, lambda i: f"P of shape {shapes[i]}", "shape (k, n - k)")
+    return codes
+
+
+def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named arrays of numbers, and n if the file has it, all of the first one's length."""
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in (*names, "n") if name in file.files}
+    except Exception as error:  # NumPy and zipfile raise many kinds for a damaged file.
+        raise InputError(f"{path}: cannot be read as npz: {one_line(error)}") from None
+    if missing := set(names) - set(arrays):
+        raise InputError(f"{path}: has no array {min(missing)}, expected {', '.join(names)}")
+    for name, array in arrays.items():
+        shape = (arrays[names[0]].size, *([array.shape[-1]] if name == "P" else []))
+        if array.shape != shape or array.dtype.kind not in "iuf":
+            found = f"array {name} of {array.dtype} and shape {array.shape}"
+            raise InputError(f"{path}: {found}, expected numbers of shape {shape}")
+    return arrays
+
+
+def read_codes(path: Path | str, trained: bool = True) -> Codes:
+    """Codes from an npz file with k, m, P, and n where it is not N, or from a pickled list of
+    [n, k, m, P]. Arguments and errors are those of codes_from_rows; OSError for a missing file."""
+    path, content = Path(path), Path(path).read_bytes()
+    if content.startswith(b"PK"):
+        arrays = _read_npz(path, content, ("k", "m", "P"))
+        n = arrays.get("n", np.full(len(arrays["k"]), N))
+        return _checked(path, n, arrays["k"], arrays["m"], arrays["P"], trained)
+    rows = _read_pickle(path, content)
+    if not isinstance(rows, list | tuple):
+        raise InputError(f"{path}: holds {one_line(rows)}, expected a list of [n, k, m, P]")
+    return codes_from_rows(path, rows, trained)
+
+
+def read_heights(path: Path | str) -> np.ndarray:
+    """Heights, float64 (rows,), from npz (array height), csv (column height) or a pickled list.
+
+    A height may be infinite. Raises InputError, with the row, for a file that holds something else
+    and for a height that is not a number or below 1; OSError for a missing file.
+    """
+    path, content = Path(path), Path(path).read_bytes()
+    if content.startswith(b"PK"):
+        values = _read_npz(path, content, ("height",))["height"]
+    elif path.suffix != ".csv":
+        values = _read_pickle(path, content)
+    try:
+        if path.suffix == ".csv":
+            values = pd.read_csv(io.BytesIO(content), usecols=["height"])["height"]
+        values = pd.Series(np.ravel(values) if isinstance(values, _Array) else values, dtype=object)
+        heights = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: expected a list of heights: {one_line(error)}") from None
+    _require(path, heights >= 1, lambda i: f"height {one_line(values[i])}", "a number of 1 or more")
+    return heights
+
+
+def true_heights(codes: Codes, path: Path, labels: str = "check") -> tuple[np.ndarray, str]:
+    """The heights of the codes by a file, float64 (rows,), and in words where they are from.
+
+    labels: "check" compares them with exact heights, "trust" does not, and "relabel" takes exact
+    heights instead. Raises InputError unless the file has a height for each code, and, for "check",
+    at the first one that is wrong.
+    """
+    heights = read_heights(path)
+    if len(heights) != len(codes.k):
+        raise InputError(f"{path}: found {len(heights)} heights, expected {len(codes.k)}")
+    if labels == "trust":
+        return heights, "as in the file, not checked"
+    exact = exact_heights(codes)
+    with np.errstate(invalid="ignore"):  # Two infinite heights are equal; their difference is NaN.
+        near = np.abs(np.log2(exact) - np.log2(heights)) <= LABEL_TOLERANCE
+    same = near | (exact == heights)
+    wrong = f"{(~same).sum():,} of {len(same):,} heights"
+    if labels == "relabel":
+        return exact, f"exact ones in place of the file's, where {wrong} were wrong"
+    way_on = f"{wrong} are wrong; --labels relabel takes exact ones, --labels trust keeps these"
+    expected = f"{exact[np.argmin(same)]:.8g} ({way_on})"
+    _require(path, same, lambda i: f"height {heights[i]:.10g}", expected)
+    return heights, "as in the file, all of them checked"
+
+
+def find_course_files(folder: Path) -> list[Path]:
+    """The two files of a course dataset in a folder, by their usual names."""
+    found = []
+    for pattern in ("*n_k_m_P*.pkl", "*mHeights*.pkl"):
+        names = sorted(folder.glob(pattern))
+        if len(names) != 1:
+            problem = f"found {len(names)} files {pattern}, expected 1; name the two files instead"
+            raise InputError(f"{folder}: {problem}")
+        found += names
+    return found
+
+
+def load_dataset(*paths: Path | str, labels: str = "check") -> Dataset:
+    """Read a dataset: one npz file, the course's two pickles, or the folder that holds these.
+
+    labels: see true_heights. Rows of infinite height are left out and counted. Raises InputError as
+    read_codes, read_heights and true_heights do, and when all heights are infinite; OSError for a
+    missing file.
+    """
+    files = [Path(path) for path in paths]
+    if len(files) not in (1, 2):
+        raise InputError(f"found {len(files)} paths to a dataset, expected 1 or 2")
+    if files[0].is_dir():
+        files = find_course_files(files[0])
+    codes = read_codes(files[0])
+    height, origin = true_heights(codes, files[-1], labels)
+    finite = np.isfinite(height)
+    if not finite.any():
+        raise InputError(f"{files[-1]}: found infinite heights alone, expected finite ones")
+    k, m, P, height = (column[finite] for column in (*codes[1:], height))
+    key = np.empty(len(height), dtype="S32")
+    for dimension in np.unique(k):
+        key[k == dimension] = code_keys(unflatten(P[k == dimension], dimension))
+    sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    about = {
+        "file": " + ".join(file.name for file in files),
+        "sha256": sha256 + (" relabelled" if labels == "relabel" else ""),
+        "rows": len(height),
+        "duplicates": int(pd.DataFrame({"key": key, "m": m}).duplicated().sum()),
+        "infinite": int((~finite).sum()),
+        "labels": origin,
+    }
+    return Dataset(k, m, P, height, key, np.zeros(len(height), dtype=bool), about=about)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A temporary name to write to, beside `path` or in `folder`; the file then replaces `path`.
+
+    So a kill or a power cut leaves the old file or the new one, and never a part of it.
+    """
+    temporary = (folder or path.parent) / f".tmp-{os.getpid()}-{path.name}"
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_heights(path: Path, codes: Codes, heights: np.ndarray) -> None:
+    """Heights in the order of the codes, by the suffix of `path`.
+
+    .csv: a table row, n, k, m, height; .npz: a dataset (k, m, P, height, and n unless all are N);
+    anything else: a pickled list of floats.
+    """
+    content = io.BytesIO()  # On a full disk NumPy's writers leave tracebacks behind.
+    if path.suffix == ".npz":
+        n = {} if (codes.n == N).all() else {"n": codes.n}
+        np.savez_compressed(content, **n, k=codes.k, m=codes.m, P=codes.P, height=heights)
+    elif path.suffix == ".csv":
+        table = pd.DataFrame({"n": codes.n, "k": codes.k, "m": codes.m, "height": heights})
+        table.to_csv(content, index_label="row", lineterminator="\n")
+    else:
+        pickle.dump(heights.tolist(), content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
