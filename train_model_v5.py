@@ -410,8 +410,8 @@ class Checkpoint(callbacks.Callback):
 
     These are the run's settings, the history, the seconds spent, whether early stopping has come,
     all variables of network and optimizer, and the weights of the epoch with the lowest val_loss.
-    The state of the other callbacks follows from the history, which is replayed to them. Raises
-    InputError for a damaged file and one of a run with other settings.
+    The state of EarlyStopping and ReduceLROnPlateau follows from the history, which is replayed to
+    them. Raises InputError for a damaged file and for one of a run with other settings.
     """
 
     def __init__(self, path: Path, settings: dict) -> None:
@@ -426,13 +426,11 @@ class Checkpoint(callbacks.Callback):
                 self.values = [file[x] for x in file.files if x.startswith("variable")]
                 self.best_weights = [file[x] for x in file.files if x.startswith("best")]
         except Exception as error:  # NumPy and zipfile raise many kinds.
-            raise InputError(
-                f"{path}: cannot be read, {one_line(error)}; --fresh drops it"
-            ) from None
-        differ = [x for x in there | self.settings if there.get(x) != self.settings.get(x)]
-        if differ:
-            pairs = (f"{x} {there.get(x)}, now {self.settings.get(x)}" for x in differ)
-            raise InputError(f"{path}: has other settings: {'; '.join(pairs)}; --fresh drops it")
+            problem = f"cannot be read, --fresh drops it: {one_line(error)}"
+            raise InputError(f"{path}: {problem}") from None
+        if differ := [x for x, now in self.settings.items() if there.get(x) != now]:
+            pairs = ", ".join(f"{x} {there.get(x)}, now {self.settings[x]}" for x in differ)
+            raise InputError(f"{path}: is of a run with {pairs}; --fresh drops it")
 
     def variables(self) -> list:
         return [*self.model.variables, *self.model.optimizer.variables]
@@ -440,12 +438,12 @@ class Checkpoint(callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         if not self.history:
             return
-        for epoch, row in enumerate(self.history):
-            for callback in self.replayed:
-                self.model.optimizer.learning_rate = row["learning_rate"]
-                callback.on_epoch_end(epoch, dict(row))
         if [x.shape for x in self.variables()] != [x.shape for x in self.values]:
             raise InputError(f"{self.path}: is of another network; --fresh drops it")
+        for epoch, row in enumerate(self.history):
+            for callback in (self.plateau, self.stopping):
+                self.model.optimizer.learning_rate = row["learning_rate"]
+                callback.on_epoch_end(epoch, dict(row))
         for variable, value in zip(self.variables(), self.values, strict=True):
             variable.assign(value)
         print(f"{self.path}: resuming after {len(self.history)} epochs", flush=True)
@@ -463,18 +461,6 @@ class Checkpoint(callbacks.Callback):
         self.stopped = bool(self.model.stop_training)
         if best_epoch(self.history) == epoch + 1:
             self.best_weights = self.model.get_weights()
-        self.write()
-        stopping = self.replayed[-1]
-        left = min(stopping.patience - stopping.wait, self.params["epochs"] - epoch - 1)
-        time_left = timedelta(seconds=round(left * self.seconds / (epoch + 1)))
-        below = stopping.best - abs(stopping.min_delta)
-        print(
-            f"epoch {epoch + 1}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}; ends in "
-            f"{left} epochs ({time_left}), or later if val_loss falls below {below:.4f}",
-            flush=True,
-        )
-
-    def write(self) -> None:
         kept = json.dumps([self.settings, self.history, self.seconds, self.stopped])
         arrays = {f"variable_{i}": ops.convert_to_numpy(x) for i, x in enumerate(self.variables())}
         arrays |= {f"best_{i}": x for i, x in enumerate(self.best_weights)}
@@ -483,32 +469,40 @@ class Checkpoint(callbacks.Callback):
         with replacing(self.path) as temporary:
             temporary.write_bytes(content.getbuffer())
 
+        left = min(self.stopping.patience - self.stopping.wait, self.params["epochs"] - epoch - 1)
+        time_left = timedelta(seconds=round(left * self.seconds / (epoch + 1)))
+        below = self.stopping.best - abs(self.stopping.min_delta)
+        print(
+            f"epoch {epoch + 1}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}; ends in "
+            f"{left} epochs ({time_left}), or later if val_loss falls below {below:.4f}",
+            flush=True,
+        )
+
 
 def best_epoch(history: list[dict]) -> int:
     """The epoch, from 1, with the lowest val_loss."""
     return 1 + int(np.argmin([row["val_loss"] for row in history]))
 
 
-def optimizer_and_callbacks(s: Settings) -> tuple[keras.optimizers.Optimizer, list]:
-    """The design's optimizer, and its callbacks for the rate and for early stopping."""
-    decay, clip = s.weight_decay, s.clipnorm
-    optimizer = keras.optimizers.AdamW(s.learning_rate, weight_decay=decay, clipnorm=clip)
+def optimizer_and_callbacks(s: Settings) -> tuple:
+    """The design's AdamW, LearningRateScheduler, ReduceLROnPlateau and EarlyStopping."""
     schedule = partial(lr_schedule, constant_epochs=s.constant_epochs, decay=s.decay)
-    return optimizer, [
+    return (
+        keras.optimizers.AdamW(s.learning_rate, weight_decay=s.weight_decay, clipnorm=s.clipnorm),
         callbacks.LearningRateScheduler(schedule),
         callbacks.ReduceLROnPlateau("val_loss", s.plateau_factor, s.plateau_patience),
         callbacks.EarlyStopping("val_loss", s.stop_min_delta, s.stop_patience),
-    ]
+    )
 
 
-def train(network, optimizer, others: list, batches: Batches, val_set, checkpoint: Checkpoint):
+def train(network, optimizer, schedule, plateau, stopping, batches, val_set, checkpoint) -> None:
     """Start or resume training; at its end the network has the weights of the best epoch.
 
-    others: the callbacks beside the checkpoint, as optimizer_and_callbacks has them.
+    optimizer, schedule, plateau, stopping: as optimizer_and_callbacks gives them.
     """
     network.compile(optimizer, "mean_squared_error", jit_compile=not GPUS)
     optimizer.build(network.trainable_variables)
-    checkpoint.replayed = others[1:]
+    checkpoint.plateau, checkpoint.stopping = plateau, stopping
     sample = callbacks.LambdaCallback(on_epoch_begin=batches.start_epoch)
     if not checkpoint.stopped and len(checkpoint.history) < batches.settings.epochs:
         network.fit(
@@ -517,7 +511,7 @@ def train(network, optimizer, others: list, batches: Batches, val_set, checkpoin
             epochs=batches.settings.epochs,
             validation_data=(network_inputs(val_set), val_set.log2_height[:, None]),
             validation_batch_size=PREDICTION_BATCH,
-            callbacks=[sample, *others, checkpoint],
+            callbacks=[sample, schedule, plateau, stopping, checkpoint],
             shuffle=False,
             verbose=0,
         )
@@ -617,27 +611,20 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
     """
     published, rows = read_baselines(baselines)
     tables = {x: pd.DataFrame(t).set_index(["k", "m"]) for x, t in results["errors"].items()}
-    n = tables["validation"]["n"]
-    tables = {x: t.drop(columns="n").rename(columns={"run5": "Run 5"}) for x, t in tables.items()}
+    tables = {x: table.rename(columns={"run5": "Run 5"}) for x, table in tables.items()}
     test, low, validation = tables.values()
-    headline = pd.DataFrame(
-        {
-            "six groups with m < n-k": test.loc[TIERS["easy"] + TIERS["medium"]].mean(),
-            "all nine": test.mean(),
-            "low codes, all nine": low.mean(),
-        }
-    )
-    errors = with_means(test)
-    missed = {x: [t for t in TARGETS if not errors[x][t] < TARGETS[t]] for x in errors}
-    design = with_means(published.assign(**{"Run 5": validation["Run 5"]}))
+    six = TIERS["easy"] + TIERS["medium"]
+    columns = {"six with m < n-k": test.loc[six], "all nine": test, "low codes, all nine": low}
+    headline = pd.DataFrame({x: part.mean() for x, part in columns.items()}).drop("n")
+    means = with_means(test)
+    missed = {x: [t for t in TARGETS if not means[x][t] < TARGETS[t]] for x in means}
+    design = with_means(published.assign(**{x: validation[x] for x in ("Run 5", "n")}))
     for short, run in (("vs R2", "Run 2"), ("vs R4", "Run 4")):
         design[short] = (design["Run 5"] / design[run] - 1).map("{:+.1%}".format)
-    design["n"] = with_means(n.to_frame()).astype(int)
+    design["n"] = design.pop("n").map("{:.0f}".format)
     rows = rows[rows["dataset"] == results["dataset"]["sha256"]]
-    settings, defaults = (
-        results["settings"],
-        json.loads(json.dumps(asdict(Settings()), default=str)),
-    )
+    settings = results["settings"]
+    defaults = json.loads(json.dumps(asdict(Settings()), default=str))
     changed = [f"{x} {y}" for x, y in settings.items() if x != "data" and defaults[x] != y]
     four = {"float_format": "{:.4f}".format}
     text = {
@@ -647,7 +634,8 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
         "ridge_missed": ", ".join(missed["ridge"]) or "none",
         "design": design.rename_axis(columns="k,m").to_string(float_format="{:.6f}".format),
         "tables": "\n".join(
-            with_means(t).T.rename_axis(columns=x).to_string(**four) for x, t in tables.items()
+            with_means(x.drop(columns="n")).T.rename_axis(columns=name).to_string(**four)
+            for name, x in tables.items()
         ),
         "trainings": trainings_table(rows, settings["seed"], test).to_string(**four),
         "sets": ", ".join(f"{x} {n:,} rows" for x, n in results["sets"].items()),
@@ -728,8 +716,8 @@ def plot_comparison(published: pd.DataFrame, test: pd.DataFrame, path: Path) -> 
 def predict(inputs: Path, labels: Path | None, check: str, model: Path, output: Path) -> None:
     """Write a model's heights for the codes of a file, in their order, to a file in `output`.
 
-    labels: a file of true heights, by which to print the error of each group, checked as `check`
-    says (see true_heights), or None. Raises InputError for files that cannot be used.
+    labels: a file of true heights, to print the error of each group, or None. check: see
+    true_heights. Raises InputError for files that cannot be used.
     """
     codes = files.read_codes(inputs)
     true, origin = files.true_heights(codes, labels, check) if labels else (None, None)
@@ -743,11 +731,11 @@ def predict(inputs: Path, labels: Path | None, check: str, model: Path, output: 
     if beyond:
         print(f"{len(beyond):,} are too large for float32, written as inf: rows {one_line(beyond)}")
     if labels:
-        bound = predict_all(feature_model("basis"), codes)[:, 0]
-        both = pd.DataFrame({"log2_mse": np.log2(predicted), "bound_log2_mse": bound})
         finite = np.isfinite(true)
+        bound = predict_all(feature_model("basis"), codes)[:, 0]
+        both = pd.DataFrame({"log2_mse": np.log2(predicted), "bound_log2_mse": bound})[finite]
         part = Codes(*(x[finite] for x in codes))
-        errors = group_errors(part, np.log2(true[finite]), both[finite])
+        errors = group_errors(part, np.log2(true[finite]), both)
         print(errors.to_string(float_format="{:.6f}".format))
         print("means of the groups:", errors[[*both]].mean().round(6).to_dict())
         print(f"heights {origin}; {(~finite).sum():,} rows of infinite height left out")
@@ -808,8 +796,8 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
         tf.config.experimental.enable_op_determinism()
     network = build_network(sets["training"].features, settings)
     batches = Batches(sets["training"], settings)
-    design = optimizer_and_callbacks(settings)
-    train(network, *design, batches, sets["validation"], checkpoint)
+    how = optimizer_and_callbacks(settings)
+    train(network, *how, batches, sets["validation"], checkpoint)
 
     model = height_model(network, settings.features)
     errors, log2_height = evaluate(model, sets, settings.features)
@@ -894,7 +882,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for what cannot be used or written, 130 for Ctrl-C."""
     logging.getLogger("absl").setLevel("ERROR")  # Keras warns that h5 is an old format.
     if sys.stdout is None or sys.stdout.closed:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = io.StringIO()  # Else printing would fail.
     settings, given = parse_arguments(argv)
     try:
         if given.predict:

@@ -1,7 +1,7 @@
 """Codes with their heights, and the files that hold them: course pickles, npz and csv.
 
-What people bring is read with care. Nothing in a file is executed, every row is checked, and what
-cannot be used is refused in one line that names the file and the row (from 0).
+Nothing in a file is executed, every row is checked, and what cannot be used is refused in one line
+that names the file and the row (from 0).
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from data.heights import GROUPS, REAL_ENTRY_MAX, REAL_ENTRY_MIN, N, code_keys, m
 P_WIDTH = 20  # Entries of the largest P of the trained groups.
 LONGEST = 12  # Codes in files can be labelled up to this length.
 LABEL_TOLERANCE = 1e-4  # In log2: files may have been labelled by a numerical solver.
+COLUMNS = ("k", "m", "P", "height", "key", "low")  # The arrays that every dataset has.
 CONVERT = "save its columns by np.savez('codes.npz', k=k, m=m, P=P, height=height), see the README"
 
 
@@ -52,9 +53,9 @@ class Dataset:
     """Labelled codes of length N, row by row.
 
     k, m: int64 (rows,); P: (rows, P_WIDTH), as in Codes; height: float64 (rows,); key: (rows,), of
-    code_keys, equal for equivalent codes; low: bool (rows,), made to have a small height, False
-    where that is not known; features: what the network is fed for P, float32 (rows, width), or
-    None; about: file, sha256, rows, duplicates, rows of infinite height left out, origin of labels.
+    code_keys, equal for equivalent codes; low: bool (rows,), made to have a small height; features:
+    input of the network in place of P, float32 (rows, width), or None; about: file, sha256, rows,
+    duplicates, rows of infinite height left out, origin of the labels.
     """
 
     k: np.ndarray
@@ -79,18 +80,14 @@ class Dataset:
         """float64 (rows,)"""
         return np.log2(self.height)
 
-    def columns(self) -> dict[str, np.ndarray]:
-        """The arrays that every dataset has, by name."""
-        return {name: getattr(self, name) for name in ("k", "m", "P", "height", "key", "low")}
-
     def take(self, rows: np.ndarray) -> "Dataset":
         """The dataset of these rows alone, without features. rows: positions, or bool (rows,)."""
-        return replace(self, features=None, **{n: x[rows] for n, x in self.columns().items()})
+        return replace(self, features=None, **{x: getattr(self, x)[rows] for x in COLUMNS})
 
     def extended(self, other: "Dataset") -> "Dataset":
         """The dataset with the rows of another after its own, without features."""
-        pairs = zip(self.columns().items(), other.columns().values(), strict=True)
-        return replace(self, features=None, **{n: np.concatenate([x, y]) for (n, x), y in pairs})
+        both = {x: np.concatenate([getattr(self, x), getattr(other, x)]) for x in COLUMNS}
+        return replace(self, features=None, **both)
 
 
 def group_numbers(k: np.ndarray, m: np.ndarray) -> np.ndarray:
@@ -157,24 +154,22 @@ class _Unpickler(pickle.Unpickler):
     """Reads plain containers, numbers, strings and NumPy's arrays. All other names are refused."""
 
     def find_class(self, module: str, name: str):
-        # The functions are made anew each time, since a pickle can set attributes of what it gets.
-        match module.replace("numpy.core", "numpy._core"), name:
-            case "numpy", "ndarray":
-                return None  # It is only handed to _reconstruct.
-            case "numpy", "dtype":
-                return lambda code, *_: _Dtype(code)
-            case "numpy._core.multiarray", "_reconstruct":
-                return lambda *_: _Array()
-            case "numpy._core.multiarray", "scalar":
-                return lambda dtype, raw: dtype.read(raw).item()
-            case "numpy._core.numeric", "_frombuffer":
-                return lambda raw, dtype, shape, order: _Array(
-                    dtype.read(raw).reshape(shape, order=order)
-                )
-            case "_codecs", "encode":
-                return lambda text, encoding: text.encode("latin1")
-        hint = f"; {CONVERT}" if module.split(".")[0] in ("pandas", "joblib") else ""
-        raise pickle.UnpicklingError(f"it names {module}.{name}, expected numbers and arrays{hint}")
+        # Functions of its own for each file, since a pickle can set attributes of what it gets.
+        admitted = {
+            "numpy.ndarray": None,  # It is only handed to _reconstruct.
+            "numpy.dtype": lambda code, *_: _Dtype(code),
+            "_codecs.encode": lambda text, encoding: text.encode("latin1"),
+            "numpy._core.multiarray._reconstruct": lambda *_: _Array(),
+            "numpy._core.multiarray.scalar": lambda dtype, raw: dtype.read(raw).item(),
+            "numpy._core.numeric._frombuffer": lambda raw, dtype, shape, order: _Array(
+                dtype.read(raw).reshape(shape, order=order)
+            ),
+        }
+        full_name = f"{module.replace('numpy.core', 'numpy._core')}.{name}"
+        if full_name not in admitted:
+            hint = f"; {CONVERT}" if module.split(".")[0] in ("pandas", "joblib") else ""
+            raise pickle.UnpicklingError(f"it names {full_name}, expected numbers and arrays{hint}")
+        return admitted[full_name]
 
 
 def _read_pickle(path: Path, content: bytes):
@@ -245,8 +240,8 @@ def codes_from_rows(source: Path | str, rows: Sequence, trained: bool = True) ->
             if matrices[i].dtype.kind not in "iuf":
                 raise TypeError
         except (TypeError, ValueError, OverflowError):
-            expected = "[n, k, m, P], three integers and a matrix of numbers"
-            raise InputError(f"{source}: row {i}: found {one_line(row)}, {expected=!s}") from None
+            expected = "expected [n, k, m, P], three integers and a matrix of numbers"
+            raise InputError(f"{source}: row {i}: found {one_line(row)}, {expected}") from None
     P = np.zeros((len(rows), max([P_WIDTH, *(matrix.size for matrix in matrices)])))
     for padded, matrix in zip(P, matrices, strict=True):
         padded[: matrix.size] = matrix.ravel()
@@ -300,10 +295,13 @@ def read_heights(path: Path | str) -> np.ndarray:
         values = _read_npz(path, content, ("height",))["height"]
     elif path.suffix != ".csv":
         values = _read_pickle(path, content)
+        values = np.asarray(values) if isinstance(values, _Array) else values
     try:
         if path.suffix == ".csv":
             values = pd.read_csv(io.BytesIO(content), usecols=["height"])["height"]
-        values = pd.Series(np.ravel(values) if isinstance(values, _Array) else values, dtype=object)
+        elif not isinstance(values, list | tuple | np.ndarray):
+            raise TypeError(f"it holds {one_line(values)}")
+        values = pd.Series(values, dtype=object)
         heights = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: expected a list of heights: {one_line(error)}") from None
@@ -336,18 +334,6 @@ def true_heights(codes: Codes, path: Path, labels: str = "check") -> tuple[np.nd
     return heights, "as in the file, all of them checked"
 
 
-def find_course_files(folder: Path) -> list[Path]:
-    """The two files of a course dataset in a folder, by their usual names."""
-    found = []
-    for pattern in ("*n_k_m_P*.pkl", "*mHeights*.pkl"):
-        names = sorted(folder.glob(pattern))
-        if len(names) != 1:
-            problem = f"found {len(names)} files {pattern}, expected 1; name the two files instead"
-            raise InputError(f"{folder}: {problem}")
-        found += names
-    return found
-
-
 def load_dataset(*paths: Path | str, labels: str = "check") -> Dataset:
     """Read a dataset: one npz file, the course's two pickles, or the folder that holds these.
 
@@ -356,10 +342,16 @@ def load_dataset(*paths: Path | str, labels: str = "check") -> Dataset:
     missing file.
     """
     files = [Path(path) for path in paths]
+    if len(files) == 1 and files[0].is_dir():
+        folder, files = files[0], []
+        for pattern in ("*n_k_m_P*.pkl", "*mHeights*.pkl"):
+            found = sorted(folder.glob(pattern))
+            if len(found) != 1:
+                problem = f"found {len(found)} files {pattern}, expected 1"
+                raise InputError(f"{folder}: {problem}; name the two files instead")
+            files += found
     if len(files) not in (1, 2):
         raise InputError(f"found {len(files)} paths to a dataset, expected 1 or 2")
-    if files[0].is_dir():
-        files = find_course_files(files[0])
     codes = read_codes(files[0])
     height, origin = true_heights(codes, files[-1], labels)
     finite = np.isfinite(height)

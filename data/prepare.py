@@ -157,15 +157,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Make the dataset of random codes, or label the codes of a file exactly.",
         epilog="example: python data/prepare.py --label codes.pkl --output heights.pkl",
     )
-    about = "codes to label: npz, or a pickle of [n, k, m, P], n up to 12"
-    parser.add_argument("--label", type=Path, metavar="INPUTS", help=about)
-    about = (
-        "dataset (default: augmented.npz beside this file), or heights: .csv, .npz, else a pickle"
-    )
-    parser.add_argument("--output", type=Path, help=about)
-    about = "of each (k, m) group (default: %(default)s)"
-    parser.add_argument("--rows", type=int, default=ROWS_PER_GROUP, help=about)
-    parser.add_argument("--seed", type=int, default=SEED, help="(default: %(default)s)")
+    add = parser.add_argument
+    add("--label", type=Path, metavar="INPUTS", help="codes: npz or a pickle of [n, k, m, P]")
+    about = "dataset (default: data/augmented.npz), or heights: .csv, .npz, else a pickle"
+    add("--output", type=Path, help=about)
+    about = "of each (k, m) group of the dataset (default: %(default)s)"
+    add("--rows", type=int, default=ROWS_PER_GROUP, help=about)
+    add("--seed", type=int, default=SEED, help="(default: %(default)s)")
     given = parser.parse_args(argv)
     if given.rows < 1 or given.seed < 0:
         parser.error("--rows, --seed: expected 1 or more rows, and a seed of 0 or more")
