@@ -626,18 +626,18 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
     settings = results["settings"]
     defaults = json.loads(json.dumps(asdict(Settings()), default=str))
     changed = [f"{x} {y}" for x, y in settings.items() if x != "data" and defaults[x] != y]
-    four = {"float_format": "{:.4f}".format}
+    width_of_6 = {"float_format": lambda x: f"{x:.{4 if x < 10 else 3}f}"}
     text = {
-        "headline": headline.sort_values("all nine").to_string(**four),
+        "headline": headline.sort_values("all nine").to_string(**width_of_6),
         "targets": ", ".join(f"{x} {limit:.2f}" for x, limit in TARGETS.items()),
         "missed": ", ".join(missed["Run 5"]) or "none",
         "ridge_missed": ", ".join(missed["ridge"]) or "none",
         "design": design.rename_axis(columns="k,m").to_string(float_format="{:.6f}".format),
         "tables": "\n".join(
-            with_means(x.drop(columns="n")).T.rename_axis(columns=name).to_string(**four)
+            with_means(x.drop(columns="n")).T.rename_axis(columns=name).to_string(**width_of_6)
             for name, x in tables.items()
         ),
-        "trainings": trainings_table(rows, settings["seed"], test).to_string(**four),
+        "trainings": trainings_table(rows, settings["seed"], test).to_string(**width_of_6),
         "sets": ", ".join(f"{x} {n:,} rows" for x, n in results["sets"].items()),
         "changed": ", ".join([f"seed {settings['seed']}", *changed]),
         "packages": ", ".join(f"{x} {number}" for x, number in results["versions"].items()),

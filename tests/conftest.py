@@ -10,17 +10,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COURSE_SAMPLE = ROOT.parent / "shared" / "course_sample"
+NARROW = 1 / 32  # The width of networks where only what is around them is tested.
 
 
 def pytest_configure(config):
     slow = config.option.markexpr == "slow"
-    hypothesis.settings.register_profile("project", max_examples=1500 if slow else 25, deadline=None)
+    examples = 1500 if slow else 25
+    hypothesis.settings.register_profile("project", max_examples=examples, deadline=None)
     hypothesis.settings.load_profile("project")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Under -m slow hypothesis' tests run too, with more examples. The file that takes longest comes first."""
+    """Under -m slow hypothesis' tests run too, with more examples. The longest file comes first."""
     items.sort(key=lambda item: item.path.name != "test_run.py")
     for item in items:
         if config.option.markexpr == "slow" and hasattr(item.obj, "is_hypothesis_test"):
@@ -28,7 +30,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def run_script(*arguments, script="train_model_v5.py", cwd=None, **environment):
-    """Run a script of the project as a user would; returns the finished process with its output as text."""
+    """Run a script of the project as a user would; returns the finished process with its output."""
     return subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         capture_output=True,
@@ -64,17 +66,9 @@ def small_npz(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small(small_npz):
     """The small dataset as it is read."""
-    from data.prepare import load_dataset
+    from data.dataset import load_dataset
 
     return load_dataset(small_npz)
-
-
-@pytest.fixture(autouse=True)
-def float32_again():
-    """A run sets Keras' precision for the whole process."""
-    yield
-    if "keras" in sys.modules:
-        sys.modules["keras"].config.set_dtype_policy("float32")
 
 
 @pytest.fixture
@@ -87,12 +81,9 @@ def short_search(monkeypatch):
 
 @pytest.fixture
 def eager(short_search):
-    """Without graphs to trace, where only what is around the network is tested, in networks of a 32nd of the width."""
+    """Without graphs to trace, where only what is around the network is tested."""
     import tensorflow as tf
 
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
-
-
-NARROW = 1 / 32
