@@ -533,44 +533,41 @@ Run 5: the m-height of linear codes of length 9, predicted in log2 from n, k, m 
 
 Mean over the groups of (log2 of predicted height - log2 of true height)^2, on the test set:
 {headline}
-Where m = n-k, in the other three groups, the largest bound is the m-height itself.
+In the three groups with m = n-k the largest bound is the m-height itself.
 The design's targets are {targets}.
 Of these Run 5 misses {missed}, and ridge misses {ridge_missed}.
 
-Run 2 and Run 4 as published, on another dataset, with a split by rows that left most validation
-codes in training too: their figures do not tell what these networks reach on new codes. Run 5 on
-the validation set here. "vs" is Run 5 / other - 1: negative means that Run 5 has the lower error.
+Run 2 and Run 4 as published: on another dataset, with most validation codes in training too, so
+that their figures do not tell what they reach on new codes. Run 5 on the validation set here.
+"vs" is Run 5 / other - 1: negative means that Run 5 has the lower error.
 {design}
 
-Here, by group (k,m), and means of the tiers
+By group (k,m), with means: test set, low codes (the tenth of it with small heights), validation set
 {tables}
 
 Trained on this dataset and split (data/rerun_baselines.py): test error, mean over the seeds
 {trainings}
 
-m-height   largest ratio of max |c_i| to the (m+1)-th largest |c_i|, over non-zero codewords c
-mean       predicting the mean log2 height of the group's training rows
-bound      each information set (basis) bounds the m-height from below; the largest of the bounds
-ridge      a regression for each group on the network's features, fitted to the training set
-low codes  the tenth of the test set that is made to have small heights
+mean   predicting the mean log2 height of the group's training rows
+bound  each information set (basis) bounds the m-height from below; the largest of the bounds
+ridge  a regression for each group on the network's features, fitted to the training set
 
 Departures from the design
-- Features: two numbers for each basis of the code, 252 in all, in place of the 20 entries of P; the
-  largest bound is added to the softplus. (Neither with --features raw.)
-- Features are scaled by the training set and clipped at 8 standard deviations.
+- Input: 252 features of the code's bases, clipped at 8 standard deviations, in place of 20 entries
+  of P; the largest bound is added to the softplus. (Neither with --features raw.)
 - {extra_codes:,} extra codes for training; an epoch samples {rows_per_epoch:,} training rows.
-- Early stopping has a min_delta of {settings[stop_min_delta]}.
 - Codes are split, not rows, so that no code is in two sets. There is a test set.
+- Early stopping has a min_delta of {settings[stop_min_delta]}.
 - {parameters:,} parameters. The design says 3-4 million, but its layers have 5,630,369 on P.
 
-run        {epochs_run} epochs, ended by {ended}; best epoch {best_epoch}; {seconds:.0f} s
-sets       {sets}
-dataset    {dataset[file]}, {dataset[rows]:,} rows, {dataset[duplicates]:,} of them duplicates
-heights    {dataset[labels]}; {dataset[infinite]:,} rows of infinite height left out
-sha256     {dataset[sha256]}
-settings   {changed}
-machine    {machine}, {finished}
-versions   {packages}
+run       {epochs_run} epochs, ended by {ended}; best epoch {best_epoch}; {seconds:.0f} s; \
+seed {seed}{changed}
+sets      {sets}
+dataset   {dataset[file]}, {dataset[rows]:,} rows, {dataset[duplicates]:,} of them duplicates
+heights   {dataset[labels]}; {dataset[infinite]:,} rows of infinite height left out
+sha256    {dataset[sha256]}
+machine   {machine}, {finished}
+versions  {packages}
 """
 
 
@@ -625,7 +622,8 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
     rows = rows[rows["dataset"] == results["dataset"]["sha256"]]
     settings = results["settings"]
     defaults = json.loads(json.dumps(asdict(Settings()), default=str))
-    changed = [f"{x} {y}" for x, y in settings.items() if x != "data" and defaults[x] != y]
+    changed = [x for x in defaults if x not in ("data", "output", "seed")]
+    changed = [f"\n          {x} {settings[x]}" for x in changed if settings[x] != defaults[x]]
     width_of_6 = {"float_format": lambda x: f"{x:.{4 if x < 10 else 3}f}"}
     text = {
         "headline": headline.sort_values("all nine").to_string(**width_of_6),
@@ -634,12 +632,13 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
         "ridge_missed": ", ".join(missed["ridge"]) or "none",
         "design": design.rename_axis(columns="k,m").to_string(float_format="{:.6f}".format),
         "tables": "\n".join(
-            with_means(x.drop(columns="n")).T.rename_axis(columns=name).to_string(**width_of_6)
-            for name, x in tables.items()
+            with_means(table.drop(columns="n")).T.rename_axis(columns=name).to_string(**width_of_6)
+            for name, table in zip(("test", "low", "val"), tables.values(), strict=True)
         ),
         "trainings": trainings_table(rows, settings["seed"], test).to_string(**width_of_6),
         "sets": ", ".join(f"{x} {n:,} rows" for x, n in results["sets"].items()),
-        "changed": ", ".join([f"seed {settings['seed']}", *changed]),
+        "seed": settings["seed"],
+        "changed": "".join(changed),
         "packages": ", ".join(f"{x} {number}" for x, number in results["versions"].items()),
     }
     report = REPORT.format(**results | results["times"] | text)
