@@ -602,7 +602,7 @@ def trainings_table(rows: pd.DataFrame, seed: int, test: pd.DataFrame) -> pd.Dat
 
 
 def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> str:
-    """Write detailed_comparison.txt and comparison.png to a folder; returns the report.
+    """Write detailed_comparison.txt to a folder; returns the report.
 
     results: as in metrics.json. baselines: as data/baselines.csv.
     """
@@ -644,8 +644,6 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
     report = REPORT.format(**results | results["times"] | text)
     with replacing(folder / "detailed_comparison.txt") as path:
         path.write_text(report, encoding="utf-8")
-    with replacing(folder / "comparison.png") as path:
-        plot_comparison(published, test, path)
     return report
 
 
@@ -688,24 +686,6 @@ def plot_predictions(test_set: Dataset, predicted: np.ndarray, path: Path) -> No
     figure.supxlabel("true log2 height")
     figure.supylabel("predicted - true log2 height (each panel has its own limits)")
     figure.suptitle(f"Run 5 on the {len(test_set):,} codes of the test set")
-    figure.savefig(path, dpi=120)
-
-
-def plot_comparison(published: pd.DataFrame, test: pd.DataFrame, path: Path) -> None:
-    """The log2-MSE of every way to predict, by group, and the published figures."""
-    least, groups = 1e-5, TIERS["easy"] + TIERS["medium"] + TIERS["hard"]
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
-    panel, names = figure.subplots(), [f"k={k}, m={m}" for k, m in groups]
-    for way, mark in zip(test, "_^s*", strict=False):
-        error = test[way].loc[groups].clip(lower=least)
-        panel.plot(names, error, mark, markersize=13, label=f"{way}, test set")
-    for run, mark in zip(published, "oD", strict=True):
-        label = f"{run}, published, on other data"
-        panel.plot(names, published[run].loc[groups], mark, color="gray", mfc="none", label=label)
-    panel.set(title="Run 5, and predictions without a network", yscale="log")
-    panel.set_ylabel(f"MSE of log2 height ({least:g}: this or less)")
-    panel.grid(axis="y", alpha=0.3)
-    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3)
     figure.savefig(path, dpi=120)
 
 
@@ -817,12 +797,11 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
         "versions": {x: version(x) for x in ("keras", "tensorflow", "numpy", "scikit-learn")},
         "machine": f"{platform.platform()}, {os.cpu_count()} CPUs",
     }
-    text = json.dumps(results, indent=1) + "\n"
     writers = {
         "best_model_run5.h5": model.save,
-        "metrics.json": lambda path: path.write_text(text),
-        "training_history.png": lambda path: plot_history(results, path),
-        "predictions_scatter.png": lambda path: plot_predictions(sets["test"], log2_height, path),
+        "metrics.json": lambda path: path.write_text(json.dumps(results, indent=1) + "\n"),
+        "training_history.png": partial(plot_history, results),
+        "predictions_scatter.png": partial(plot_predictions, sets["test"], log2_height),
     }
     for name, write in writers.items():
         with replacing(settings.output / name, work) as path:

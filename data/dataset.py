@@ -28,7 +28,7 @@ P_WIDTH = 20  # Entries of the largest P of the trained groups.
 LONGEST = 12  # Codes in files can be labelled up to this length.
 LABEL_TOLERANCE = 1e-4  # In log2: files may have been labelled by a numerical solver.
 COLUMNS = ("k", "m", "P", "height", "key", "low")  # The arrays that every dataset has.
-CONVERT = "save its columns by np.savez('codes.npz', k=k, m=m, P=P, height=height), see the README"
+CONVERT = "save its columns by np.savez('codes.npz', k=k, m=m, P=P, height=height), see data/README.md"
 
 
 class InputError(ValueError):

@@ -48,7 +48,7 @@ def minor_tables(k: int, r: int) -> list[tuple[np.ndarray, np.ndarray]]:
     The minor is the alternating sum over j of P.flat[entry[:, j]] * smaller_minors[sub[:, j]].
     """
     tables = []
-    before = {((row,), (col,)): row * r + col for row in range(k) for col in range(r)}
+    before = {name: i for i, name in enumerate(_minor_names(k, r, 1))}
     for order in range(2, min(k, r) + 1):
         names = _minor_names(k, r, order)
         entry = [[rows[0] * r + col for col in cols] for rows, cols in names]
@@ -72,9 +72,7 @@ def minor_order(k: int, r: int) -> np.ndarray:
 
     Shape (C(k + r, k),), for the sets of k columns of G in the order of itertools.combinations.
     """
-    names = [((), ())]
-    for order in range(1, min(k, r) + 1):
-        names += _minor_names(k, r, order)
+    names = [name for order in range(min(k, r) + 1) for name in _minor_names(k, r, order)]
     place = {name: i for i, name in enumerate(names)}
     bases = combinations(range(k + r), k)
     return np.array([place[_minor_of_basis(basis, k)] for basis in bases])

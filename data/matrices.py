@@ -13,7 +13,6 @@ from data.heights import N, m_heights
 UNIFORM_RANGES = {4: 0.11, 8: 0.21, 16: 0.11, 32: 0.04, 50: 0.17, 64: 0.09, 80: 0.05, 100: 0.22}
 MAX_ENTRY = max(UNIFORM_RANGES)
 STRUCTURED_SHARE = 0.04
-
 # Low codes: the shares of their three kinds, and how long the search takes, in rounds.
 LOW_KINDS = {"searched": 0.8, "near-constant": 0.1, "small": 0.1}
 SEARCH_ROUNDS = (5, 300)
@@ -35,17 +34,13 @@ def random_matrices(rng: np.random.Generator, count: int, k: int, r: int) -> np.
     step = rng.integers(-1, 2, size=(len(near), k))
     P[near, :, 1] = np.clip(P[near, :, 0] + step, -MAX_ENTRY, MAX_ENTRY)
     rank = min(k, r) - 1
-    left, right = (
-        rng.integers(-3, 4, size=(len(low), k, rank)),
-        rng.integers(-8, 9, size=(len(low), rank, r)),
-    )
-    P[low] = left @ right
+    left = rng.integers(-3, 4, size=(len(low), k, rank))
+    P[low] = left @ rng.integers(-8, 9, size=(len(low), rank, r))
     return P
 
 
 def low_matrices(rng: np.random.Generator, count: int, k: int, m: int) -> np.ndarray:
-    """Matrices P of codes of small m-height, shape (count, k, N - k), of the three kinds of
-    LOW_KINDS.
+    """Matrices P of codes of small m-height, shape (count, k, N - k), of the three LOW_KINDS.
 
     Searched: random matrices improved by `search`, for a number of rounds that is log-uniform on
     SEARCH_ROUNDS, so that everything between random and low is there. Near-constant: all entries c
@@ -58,10 +53,8 @@ def low_matrices(rng: np.random.Generator, count: int, k: int, m: int) -> np.nda
     width = rng.choice([1, 2, 4, 8], size=(len(near), 1, 1))
     centre = rng.integers(10, MAX_ENTRY - 7, size=(len(near), 1, 1))
     P[near] = centre + rng.integers(-width, width + 1, size=(len(near), k, N - k))
-    least, most = (
-        rng.integers(-3, 1, size=(len(small), 1, 1)),
-        rng.integers(1, 4, size=(len(small), 1, 1)),
-    )
+    least = rng.integers(-3, 1, size=(len(small), 1, 1))
+    most = rng.integers(1, 4, size=(len(small), 1, 1))
     P[small] = rng.integers(least, most + 1, size=(len(small), k, N - k))
 
     searched = np.flatnonzero(kind == 0)
@@ -71,8 +64,7 @@ def low_matrices(rng: np.random.Generator, count: int, k: int, m: int) -> np.nda
 
 
 def search(rng: np.random.Generator, P: np.ndarray, m: int, rounds: np.ndarray) -> np.ndarray:
-    """P, shape (count, k, r), after so many rounds each, in which one or two entries change if the
-    m-height falls.
+    """P, shape (count, k, r), after so many rounds, each of one or two changes if the height falls.
 
     Entries stay within the largest absolute entry that their matrix begins with. Half of the
     changes take a new entry from that whole range, half move one by at most an eighth of it.
@@ -94,6 +86,4 @@ def search(rng: np.random.Generator, P: np.ndarray, m: int, rounds: np.ndarray) 
         found = m_heights(trial.reshape(-1, *P.shape[1:]), [m])[:, 0]
         lower = found < height[active]
         flat[active[lower]], height[active[lower]] = trial[lower], found[lower]
-    result = np.empty_like(flat)
-    result[order] = flat
-    return result.reshape(P.shape)
+    return flat[np.argsort(order)].reshape(P.shape)

@@ -26,10 +26,9 @@ from data.dataset import (
     exact_heights,
     flatten,
     read_codes,
-    unflatten,
     write_heights,
 )
-from data.heights import GROUPS, N, code_keys, m_heights, minors
+from data.heights import GROUPS, N, code_keys, m_heights
 from data.matrices import low_matrices, random_matrices
 
 ROWS_PER_GROUP = 12_000
@@ -83,32 +82,12 @@ def make_dataset(
     return Dataset(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
-def describe(dataset: Dataset) -> pd.DataFrame:
-    """By group: rows, log2 heights, and the share of matrices with small entries or a zero minor."""
-    table = {}
-    for i, (k, m) in enumerate(GROUPS):
-        group = dataset.take(dataset.group == i)
-        log2, P = group.log2_height, unflatten(group.P, k)
-        table[k, m] = {
-            "rows": len(group),
-            "mean": log2.mean(),
-            "variance": log2.var(),
-            "least": log2.min(),
-            "median": np.median(log2),
-            "median of low codes": np.median(log2[group.low]),
-            "largest": log2.max(),
-            "entries within 8": (np.abs(P) <= 8).all(axis=(1, 2)).mean(),
-            "with a zero minor": (minors(P) == 0).any(axis=1).mean(),
-        }
-    return pd.DataFrame(table).T.rename_axis(["k", "m"]).astype({"rows": int}).round(2)
-
-
 def make_file(rows_per_group: int, seed: int, output: Path) -> None:
     """Make the dataset and write it."""
     dataset = make_dataset(rows_per_group, seed, progress=True)
     codes = Codes(np.full(len(dataset), N), dataset.k, dataset.m, dataset.P)
     write_heights(output, codes, dataset.height)
-    print(f"\n{describe(dataset).to_string()}\n\n{output}: {len(dataset):,} rows")
+    print(f"{output}: {len(dataset):,} rows")
 
 
 # --- labels of a file -----------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """Run 2 and Run 4, trained on the dataset and the split of train_model_v5.py.
 
-    python data/rerun_baselines.py [--runs run2 run4 run4-curriculum] [--seed 42]
+    python data/rerun_baselines.py [--runs run2 run4] [--seed 42]
     python data/rerun_baselines.py --add "Run 5 without dropout" my_run
 
-The first command writes a row for each run and (k, m) group to data/baselines.csv, beside the
-published figures: the log2-MSE of the epoch with the lowest val_loss, on the validation set and on
-the test set. A run takes an hour and more on two cores; one that was stopped is resumed. The second
-command writes the rows of a run of train_model_v5.py whose results are in my_run.
+The first command writes a row for each run and (k, m) group to data/baselines.csv: the log2-MSE of
+the epoch with the lowest val_loss, on the validation set and on the test set. A run takes an hour
+and more on two cores; one that was stopped is resumed. The second command writes the rows of a run
+of train_model_v5.py whose results are in my_run.
 
 Layers, weights, optimizer and callbacks are those of the runs' descriptions, except that no code is
 in training and validation at once, and that `attention` leaves out what has no effect there.
@@ -19,8 +19,8 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,7 +33,6 @@ import pandas as pd
 from keras import callbacks, layers
 
 from data.dataset import P_WIDTH, Dataset, InputError, load_dataset, replacing
-from data.heights import GROUPS
 
 SAME = ["run", "source", "dataset", "seed"]  # What rows have in common that replace each other.
 
@@ -98,15 +97,14 @@ def build_run4(P_train: np.ndarray, width: float = 1.0) -> keras.Model:
     gate = layers.Dense(3, activation="softmax")(layers.Concatenate()([k, m]))
     P = dense(P, 512 * width, 0.25)
     experts = []
-    for heads, key_width, units, dropout in (
+    for heads, key_width, size, rate in (
         (4, 64, 256, 0.35),
         (8, 64, 512, 0.4),
         (16, 128, 768, 0.4),
     ):
-        x = dense(
-            dense(attention(P, heads, key_width, 0.15), units * width, dropout), units * width
-        )
-        experts.append(dense(x, 512 * width, norm=False))
+        x = dense(attention(P, heads, key_width, 0.15), size * width, rate)
+        x = dense(dense(x, size * width), 512 * width, norm=False)
+        experts.append(x)
     stacked = layers.Reshape((3, experts[0].shape[1]))(layers.Concatenate()(experts))
     x = dense(layers.Concatenate()([n, k, m, layers.Dot(1)([gate, stacked])]), 1024 * width, 0.45)
     for _ in range(3):
@@ -115,30 +113,16 @@ def build_run4(P_train: np.ndarray, width: float = 1.0) -> keras.Model:
     return keras.Model(inputs, layers.Dense(1, activation="softplus")(x), name="log2_height")
 
 
-# --- recipes --------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
-
-def run2_weights(epoch: int) -> list[float]:
-    """Run 2's weights of the groups, in the order of GROUPS, the same in every epoch."""
-    return [1.0, 1.0, 1.5, 5.0, 1.0, 1.5, 3.0, 2.0, 3.0]
-
-
-def equal_weights(epoch: int) -> list[float]:
-    return [1.0] * len(GROUPS)
-
-
-def curriculum(epoch: int) -> list[float]:
-    """Run 4's weights by epoch, from 0. They were written for it, but never reached `fit`."""
-    if epoch < 30:
-        return [1.0, 1.0, 0.4, 0.2, 1.0, 0.4, 0.2, 0.4, 0.2]
-    if epoch < 60:
-        return [1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 0.5, 1.0, 0.5]
-    w = min(5.0, 2.0 + 0.08 * (epoch - 60))
-    return [1.0, 1.0, 1.5, 1.3 * w, 1.0, 1.5, w, 1.5, 1.1 * w]
-
-
-def constant(epoch: int, rate: float) -> float:
-    return rate
+EARLIER = {"features": "raw", "extra_codes": 0, "weight_decay": 1e-3, "clipnorm": None}
+EARLIER |= {"epochs": 200, "constant_epochs": 200, "plateau_factor": 0.5, "stop_min_delta": 0.0}
+RUN2 = {"learning_rate": 5e-4, "plateau_patience": 20, "stop_patience": 30}
+RUN2 |= {"group_weights": (1.0, 1.0, 1.5, 5.0, 1.0, 1.5, 3.0, 2.0, 3.0)}
+RUN4 = {"learning_rate": 7e-4, "plateau_patience": 10, "stop_patience": 25}
+RUN4 |= {"group_weights": (1.0,) * 9}
+# The network, the settings of train_model_v5.py, the least rate to which a plateau cuts.
+RUNS = {"run2": (build_run2, EARLIER | RUN2, 1e-6), "run4": (build_run4, EARLIER | RUN4, 1e-7)}
 
 
 def cosine(epoch: int, rate: float) -> float:
@@ -146,71 +130,34 @@ def cosine(epoch: int, rate: float) -> float:
     return 1e-6 + (7e-4 - 1e-6) * (1 + math.cos(math.pi * (epoch % 30) / 30)) / 2
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How an earlier run was trained. plateau: ReduceLROnPlateau's factor, patience, least rate."""
+def train_run(run: str, dataset: Dataset, settings: run5.Settings, work: Path) -> dict:
+    """Start or resume a run of RUNS; returns its figures as metrics.json has them.
 
-    name: str
-    build: Callable[[np.ndarray, float], keras.Model]
-    weights: Callable[[int], list[float]]
-    rate: float
-    schedule: Callable[[int, float], float]
-    stop_patience: int
-    plateau: tuple[float, int, float]
-    epochs: int = 200
-    weight_decay: float = 1e-3
-
-
-RUN2 = Recipe("Run 2", build_run2, run2_weights, 5e-4, constant, 30, (0.5, 20, 1e-6))
-RUN4 = Recipe("Run 4", build_run4, equal_weights, 7e-4, cosine, 25, (0.5, 10, 1e-7))
-RECIPES = {
-    "run2": RUN2,
-    "run4": RUN4,
-    "run4-curriculum": replace(RUN4, name="Run 4, weights by epoch", weights=curriculum),
-}
-
-
-# --- training -------------------------------------------------------------------------------------
-
-
-class WeightedBatches(run5.Batches):
-    """The batches of train_model_v5.py, each epoch with the weights that the recipe has for it."""
-
-    def __init__(self, train_set: Dataset, settings: run5.Settings, recipe: Recipe) -> None:
-        self.recipe = recipe
-        super().__init__(train_set, settings)
-
-    def start_epoch(self, epoch: int, logs: dict | None = None) -> None:
-        self.group_weights = np.array(self.recipe.weights(epoch), dtype=np.float32)
-        super().start_epoch(epoch)
-
-
-def train_recipe(recipe: Recipe, dataset: Dataset, settings: run5.Settings, work: Path) -> dict:
-    """Start or resume a run; returns its figures as metrics.json has them. work: for its state."""
-    epochs = min(recipe.epochs, settings.epochs)
-    settings = replace(settings, features="raw", extra_codes=0, epochs=epochs)
+    settings: for data, seed and width; with fewer epochs than the run has, it ends there. work: the
+    folder for its checkpoint.
+    """
+    build, changes, least_rate = RUNS[run]
+    epochs = min(settings.epochs, changes["epochs"])
+    settings = replace(settings, **changes | {"epochs": epochs})
     sets = run5.make_sets(dataset, settings)
     sets = {x: replace(data, features=data.P.astype("float32")) for x, data in sets.items()}
     work.mkdir(parents=True, exist_ok=True)
-    same = {"run": recipe.name, "data": dataset.about["sha256"], "seed": settings.seed}
-    checkpoint = run5.Checkpoint(work / "checkpoint.npz", same | {"batch": settings.batch_size})
+    same = {"run": run, "data": dataset.about["sha256"], "seed": settings.seed}
+    checkpoint = run5.Checkpoint(work / "checkpoint.npz", same)
 
     keras.utils.clear_session()
     keras.utils.set_random_seed(settings.seed)
-    network = recipe.build(sets["training"].features, settings.width)
-    factor, patience, least = recipe.plateau
-    run5.train(
-        network,
-        keras.optimizers.AdamW(recipe.rate, weight_decay=recipe.weight_decay),
-        callbacks.LearningRateScheduler(recipe.schedule),
-        callbacks.ReduceLROnPlateau("val_loss", factor, patience, min_lr=least),
-        callbacks.EarlyStopping("val_loss", patience=recipe.stop_patience),
-        WeightedBatches(sets["training"], settings, recipe),
-        sets["validation"],
-        checkpoint,
+    network = build(sets["training"].features, settings.width)
+    optimizer, schedule, plateau, stopping = run5.optimizer_and_callbacks(settings)
+    schedule = callbacks.LearningRateScheduler(cosine) if run == "run4" else schedule
+    plateau.min_lr = least_rate
+    how, batches = (
+        (optimizer, schedule, plateau, stopping),
+        run5.Batches(sets["training"], settings),
     )
+    run5.train(network, *how, batches, sets["validation"], checkpoint)
     errors, _ = run5.evaluate(run5.height_model(network, "raw"), sets, "raw")
-    complete = checkpoint.stopped or len(checkpoint.history) == recipe.epochs
+    complete = checkpoint.stopped or epochs == changes["epochs"]
     return {
         "errors": {x: table.reset_index().to_dict("records") for x, table in errors.items()},
         "epochs_run": len(checkpoint.history),
@@ -264,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     default, about = run5.Settings(), __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=about)
     add = parser.add_argument
-    add("--runs", nargs="+", choices=RECIPES, default=[*RECIPES], help="(default: all)")
+    add("--runs", nargs="+", choices=RUNS, default=[*RUNS], help="(default: all)")
     add("--add", nargs=2, metavar=("NAME", "FOLDER"), help="only add the rows of a finished run")
     add("--data", type=Path, nargs="+", default=default.data, help="as in train_model_v5.py")
     add("--output", type=Path, default=default.output / "unfinished_baselines", help="their state")
@@ -287,8 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset = load_dataset(*given.data)
         for run in given.runs:
             work = given.output / f"{run}-{given.seed}"
-            results = train_recipe(RECIPES[run], dataset, settings, work)
-            write_rows(rows_of(RECIPES[run].name, results), given.csv)
+            results = train_run(run, dataset, settings, work)
+            write_rows(rows_of(run.replace("run", "Run "), results), given.csv)
             shutil.rmtree(work, ignore_errors=True)
     except (InputError, OSError) as error:
         print(f"rerun_baselines.py: {error}", file=sys.stderr)

@@ -21,7 +21,6 @@ import train_model_v5 as run5
 
 RESULTS = [
     "best_model_run5.h5",
-    "comparison.png",
     "detailed_comparison.txt",
     "metrics.json",
     "predictions_scatter.png",
@@ -158,7 +157,7 @@ def test_the_report_has_the_figures_the_best_way_first(finished, metrics):
     assert means == sorted(means)
     for line, mean in zip(first, means, strict=True):
         assert numbers(line)[1] == pytest.approx(mean, abs=6e-5)
-    for name, table in tables.items():
+    for name, table in zip(("test", "low", "val"), tables.values(), strict=True):
         start = next(i for i, line in enumerate(lines) if re.match(rf"{name} +4,2", line))
         for way, line in zip(("mean", "bound", "ridge", "run5"), lines[start + 1 :], strict=False):
             easy = table[way].loc[run5.TIERS["easy"]].mean()
@@ -189,7 +188,7 @@ def test_targets_are_reported_as_met_or_missed(metrics, tmp_path, error):
 
 
 def test_pictures_are_drawn(finished):
-    for name in ("training_history.png", "predictions_scatter.png", "comparison.png"):
+    for name in ("training_history.png", "predictions_scatter.png"):
         with Image.open(finished[1] / name) as picture:
             assert min(picture.size) > 600
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 40
@@ -209,6 +208,34 @@ def test_the_repository_holds_the_model_and_the_report_of_one_run(tmp_path):
     np.testing.assert_allclose(errors, expected, rtol=0.01)
     report = (folder / "detailed_comparison.txt").read_text()
     assert run5.write_report(metrics, tmp_path) == report
+
+
+def rows_of_the_readme(heading):
+    """{first cell: numbers} of the README's table whose head begins with this."""
+    lines = (ROOT / "README.md").read_text().split(f"| {heading}")[1].split("\n\n")[0].splitlines()
+    cells = [line.strip("| ").replace("*", "").split(" | ") for line in lines[2:]]
+    return {first: [float(x) for x in others] for first, *others in cells}
+
+
+def test_the_readme_has_the_figures_of_the_runs():
+    metrics = json.loads((ROOT / "run_5" / "metrics.json").read_text())
+    tables = {x: pd.DataFrame(t).set_index(["k", "m"]) for x, t in metrics["errors"].items()}
+    test, low = tables["test"], tables["low codes"][["bound", "ridge", "run5"]].add_prefix("low ")
+    both = test[["mean", "bound", "ridge", "run5"]].join(low)
+    six = run5.TIERS["easy"] + run5.TIERS["medium"]
+    expected = {f"({k},{m})": both.loc[k, m] for k, m in run5.GROUPS if (k, m) in six}
+    expected |= {"these six": both.loc[six].mean(), "all nine": both.mean()}
+    found = rows_of_the_readme("group")
+    assert list(found) == list(expected)
+    for name, figures in found.items():
+        assert figures == pytest.approx(expected[name].tolist(), rel=2e-4, abs=6e-5), name
+
+    rows = run5.read_baselines()[1].query("seed == 42")
+    runs = rows.pivot(index=["k", "m"], columns="run", values="test_log2_mse")
+    means = run5.with_means(runs.join(test.rename(columns={"run5": "Run 5"})))
+    for name, figures in rows_of_the_readme("test error").items():
+        expected = means.loc[["easy", "medium", "hard", "all"], name].tolist()
+        assert figures == pytest.approx(expected, rel=2e-4, abs=6e-5), name
 
 
 def narrow(small_npz, output, **changes):
