@@ -4,7 +4,6 @@ import functools
 import re
 from dataclasses import replace
 
-import h5py
 import keras
 import numpy as np
 import pytest
@@ -147,19 +146,6 @@ def test_an_epoch_with_extra_codes_samples_all_rows_evenly_and_none_twice(small)
     np.testing.assert_allclose(taken, 1 / 3, atol=0.04)
 
 
-def test_a_compiled_step_computes_what_an_eager_one_does(featured):
-    losses = []
-    for eagerly in (True, False):
-        tf.config.run_functions_eagerly(eagerly)
-        keras.utils.set_random_seed(1)
-        network = build(featured.features)
-        network.compile(keras.optimizers.AdamW(0.01, clipnorm=1.0), "mse", jit_compile=True)
-        inputs, log2 = run5.network_inputs(featured), featured.log2_height
-        fitted = network.fit(inputs, log2, epochs=2, batch_size=180, verbose=0, shuffle=False)
-        losses.append(fitted.history["loss"])
-    np.testing.assert_allclose(*losses, rtol=1e-3)
-
-
 RAW = {"features": "raw", "extra_codes": 0, "test_codes": 10, "width": NARROW, "batch_size": 306}
 
 
@@ -281,13 +267,3 @@ def test_a_full_disk_leaves_the_checkpoint_whole(small, after_one_epoch, eager):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpoint.path.read_bytes() == before
     assert [path.name for path in folder.iterdir()] == ["checkpoint.npz"]
-
-
-def test_the_saved_model_has_no_optimizer_and_gives_the_same_heights(featured, tmp_path):
-    model = run5.height_model(build(featured.features), "raw")
-    model.save(tmp_path / "model.h5")
-    with h5py.File(tmp_path / "model.h5") as file:
-        assert "optimizer_weights" not in file and "training_config" not in file.attrs
-    loaded = run5.load_trained(tmp_path / "model.h5")
-    heights = run5.predict_all(loaded, featured)
-    np.testing.assert_array_equal(heights, run5.predict_all(model, featured))
