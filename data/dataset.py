@@ -28,7 +28,9 @@ P_WIDTH = 20  # Entries of the largest P of the trained groups.
 LONGEST = 12  # Codes in files can be labelled up to this length.
 LABEL_TOLERANCE = 1e-4  # In log2: files may have been labelled by a numerical solver.
 COLUMNS = ("k", "m", "P", "height", "key", "low")  # The arrays that every dataset has.
-CONVERT = "save its columns by np.savez('codes.npz', k=k, m=m, P=P, height=height), see data/README.md"
+CONVERT = (
+    "save its columns by np.savez('codes.npz', k=k, m=m, P=P, height=height), see data/README.md"
+)
 
 
 class InputError(ValueError):
@@ -167,8 +169,7 @@ class _Unpickler(pickle.Unpickler):
         }
         full_name = f"{module.replace('numpy.core', 'numpy._core')}.{name}"
         if full_name not in admitted:
-            hint = f"; {CONVERT}" if module.split(".")[0] in ("pandas", "joblib") else ""
-            raise pickle.UnpicklingError(f"it names {full_name}, expected numbers and arrays{hint}")
+            raise pickle.UnpicklingError(f"it names {full_name}, expected numbers and arrays")
         return admitted[full_name]
 
 
@@ -181,7 +182,8 @@ def _read_pickle(path: Path, content: bytes):
                 raise pickle.UnpicklingError("it is damaged")
         return _Unpickler(io.BytesIO(content)).load()
     except Exception as error:  # A damaged pickle can raise anything.
-        raise InputError(f"{path}: cannot be read as npz or pickle: {one_line(error)}") from None
+        problem = f"cannot be read as npz or pickle: {one_line(error)}; else {CONVERT}"
+        raise InputError(f"{path}: {problem}") from None
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -189,7 +191,10 @@ def _read_pickle(path: Path, content: bytes):
 
 def one_line(value) -> str:
     """The text of an error, or what a value looks like, in one short line."""
-    text = str(value) if isinstance(value, Exception) else reprlib.repr(value)
+    try:
+        text = str(value) if isinstance(value, Exception) else reprlib.repr(value)
+    except ValueError:  # Python does not print integers of more than 4,300 digits.
+        text = ""
     return " ".join(text.split()) or type(value).__name__
 
 
@@ -204,6 +209,7 @@ def _checked(source: Path | str, n, k, m, P: np.ndarray, trained: bool) -> Codes
     """The codes in these columns, if all of them can be used. Else raises InputError."""
     if not len(k):
         raise InputError(f"{source}: found no rows, expected codes")
+    n, k, m, P = (np.asarray(x, dtype=np.float64) for x in (n, k, m, P))
     if trained:
         good = (n == N) & (group_numbers(k, m) >= 0)
         expected = f"n = {N} and (k, m) one of {', '.join(map(str, GROUPS))}"
@@ -211,7 +217,7 @@ def _checked(source: Path | str, n, k, m, P: np.ndarray, trained: bool) -> Codes
         good = (n <= LONGEST) & (k >= 1) & (k < n) & (m >= 1) & (m <= n - k)
         good &= np.all([x == np.rint(x) for x in (n, k, m)], axis=0)
         expected = f"integers, n up to {LONGEST}, k from 1 to n - 1 and m from 1 to n - k"
-    _require(source, good, lambda i: f"(n, k, m) = ({n[i]}, {k[i]}, {m[i]})", expected)
+    _require(source, good, lambda i: f"(n, k, m) = ({n[i]:g}, {k[i]:g}, {m[i]:g})", expected)
     n, k, m = (x.astype(np.int64) for x in (n, k, m))
     size, entries = np.abs(P), k * (n - k)
     after = np.arange(P.shape[1]) >= entries[:, None]
@@ -220,7 +226,7 @@ def _checked(source: Path | str, n, k, m, P: np.ndarray, trained: bool) -> Codes
     good = ((size == 0) | (size >= REAL_ENTRY_MIN) & (size <= REAL_ENTRY_MAX)).all(axis=1)
     expected = f"finite ones, 0 or {REAL_ENTRY_MIN:g} to {REAL_ENTRY_MAX:g} in size"
     _require(source, good, lambda i: f"entries {one_line(P[i])}", expected)
-    P = P[:, : max(P_WIDTH, entries.max())].astype(np.float64)
+    P = P[:, : max(P_WIDTH, entries.max())]
     return Codes(n, k, m, np.pad(P, ((0, 0), (0, max(0, P_WIDTH - P.shape[1])))))
 
 
@@ -234,23 +240,19 @@ def codes_from_rows(source: Path | str, rows: Sequence, trained: bool = True) ->
     numbers, matrices = np.zeros((len(rows), 3), dtype=np.int64), []
     for i, row in enumerate(rows):
         try:
-            n, k, m, P = row
-            numbers[i] = operator.index(n), operator.index(k), operator.index(m)
-            matrices.append(np.asarray(P))
-            if matrices[i].dtype.kind not in "iuf":
-                raise TypeError
-        except (TypeError, ValueError, OverflowError):
-            expected = "expected [n, k, m, P], three integers and a matrix of numbers"
+            n, k, m = map(operator.index, row[:3])
+            (P,) = map(np.asarray, row[3:])
+            numbers[i] = n, k, m
+            if P.dtype.kind not in "iuf" or P.shape not in ((k, n - k), (k * (n - k),)):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError, KeyError):
+            expected = "expected [n, k, m, P], integers and a matrix of numbers of shape (k, n - k)"
             raise InputError(f"{source}: row {i}: found {one_line(row)}, {expected}") from None
-    P = np.zeros((len(rows), max([P_WIDTH, *(matrix.size for matrix in matrices)])))
+        matrices.append(P.ravel())
+    P = np.zeros((len(rows), max([P_WIDTH, *map(len, matrices)])))
     for padded, matrix in zip(P, matrices, strict=True):
-        padded[: matrix.size] = matrix.ravel()
-    codes = _checked(source, *numbers.T, P, trained)
-    shapes = [matrix.shape for matrix in matrices]
-    of_code = [{(k, n - k), (k * (n - k),)} for n, k, _ in numbers.tolist()]
-    good = np.array([shape in fit for shape, fit in zip(shapes, of_code, strict=True)])
-    _require(source, good, lambda i: f"P of shape {shapes[i]}", "shape (k, n - k)")
-    return codes
+        padded[: len(matrix)] = matrix
+    return _checked(source, *numbers.T, P, trained)
 
 
 def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -263,7 +265,7 @@ def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> dict[str, np.
     if missing := set(names) - set(arrays):
         raise InputError(f"{path}: has no array {min(missing)}, expected {', '.join(names)}")
     for name, array in arrays.items():
-        shape = (arrays[names[0]].size, *([array.shape[-1]] if name == "P" else []))
+        shape = (arrays[names[0]].size, *(array.shape[-1:] if name == "P" else ()))
         if array.shape != shape or array.dtype.kind not in "iuf":
             found = f"array {name} of {array.dtype} and shape {array.shape}"
             raise InputError(f"{path}: {found}, expected numbers of shape {shape}")
