@@ -8,6 +8,9 @@ dropout; --predict FILE predicts the heights of the codes in a file. On new code
 of the nine (k, m) groups, is 0.0060 (one run each of seeds 42, 1, 2: 0.0060, 0.0061, 0.0060). Ridge
 regression on the same features has 0.0130. A run takes about 45 minutes on two cores of an AMD
 EPYC, without a GPU. The file is in the order in which the data flows, from settings to main().
+
+"The design" is the specification of Run 5. Run 2 and Run 4 are earlier networks for the same task,
+which comes from a course (CSCE 636). "Low codes" are made to have small heights (data/README.md).
 """
 
 import argparse
@@ -31,10 +34,10 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Else a missing GPU is logged as an error.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # Off without AVX-512, though a third faster.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # Else off without AVX-512; a third faster.
 os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")  # Some network file systems have no locks.
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "Agg"  # A notebook hands down one that need not be installed here.
+    os.environ["MPLBACKEND"] = "Agg"  # That of a notebook which starts us may not be installed.
 
 import keras
 import numpy as np
@@ -87,9 +90,9 @@ class Settings:
     constant_epochs: Annotated[int, "epochs before the rate begins to fall", 0, 10**6] = 10
     decay: Annotated[float, "factor on the rate at the start of each later epoch", 0.01, 1] = 0.95
     plateau_factor: Annotated[float, "factor on the rate at a plateau", 0.01, 0.99] = 0.7
-    plateau_patience: Annotated[int, "epochs without a lower val_loss to it", 1, 10**6] = 15
+    plateau_patience: Annotated[int, "epochs with val_loss not 1e-4 lower to it", 1, 10**6] = 15
     stop_patience: Annotated[int, "epochs without improvement to early stopping", 1, 10**6] = 40
-    stop_min_delta: Annotated[float, "smallest improvement of val_loss for it", 0, 100] = 0.002
+    stop_min_delta: Annotated[float, "smallest improvement that counts for it", 0, 100] = 0.002
     group_weights: Annotated[
         tuple[float, ...], "of the nine groups in the loss, in the order of the report", 0, 100
     ] = (1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.5, 1.2, 1.5)
@@ -110,7 +113,7 @@ def split_dataset(dataset: Dataset, val_fraction: float = 0.15, seed: int = 42) 
     row in one of the two sets.
     """
     _, first, code = np.unique(dataset.key, return_index=True, return_inverse=True)
-    numbers, strata = np.arange(len(first)), -dataset.group[first]  # The sign keeps older splits.
+    numbers, strata = np.arange(len(first)), -dataset.group[first]  # The split depends on the sign.
     try:
         held_out = train_test_split(
             numbers, test_size=val_fraction, random_state=seed, stratify=strata
@@ -128,9 +131,10 @@ def split_dataset(dataset: Dataset, val_fraction: float = 0.15, seed: int = 42) 
 def make_sets(dataset: Dataset, settings: Settings) -> dict[str, Dataset]:
     """The training, validation and test set. No code, whatever its m, is in two of them.
 
-    The dataset is split into the first two. The training set is then extended by extra codes, as
-    many for each group. They and the test set are new codes, made as the dataset was, with exact
-    heights. Raises RuntimeError if a code were in two sets.
+    The dataset is split into the first two. The training set is then extended by extra codes, the
+    same number for each group. They and the test set are new codes, made as the dataset was, with
+    exact heights. Codes are told apart by their keys (data/heights.py): equivalent codes have the
+    same. Raises RuntimeError if a code is in two sets.
     """
     train_rows, val_rows = split_dataset(dataset, settings.val_fraction, settings.seed)
     train_set, val_set = dataset.take(train_rows), dataset.take(val_rows)
@@ -150,22 +154,25 @@ def make_sets(dataset: Dataset, settings: Settings) -> dict[str, Dataset]:
 
 @keras.saving.register_keras_serializable("m_height")
 class BasisFeatures(layers.Layer):
-    """Two numbers for each basis (information set) B of the code, 252 in all, in log2.
+    """Two numbers for each basis (information set) B of the code: 252 features.
 
-    For a coordinate a outside B, M[B, a] = || G_B^-1 g_a ||_1 is the largest |c_a| over codewords c
-    within 1 on B, or 1 where that is larger. Let rho_B be the largest M[B, a], and s_B the
-    (n - k - m)-th smallest, or 1 for m = n - k. A codeword within 1 / s_B on B is within 1 on n - m
-    coordinates, so the m-height is at least rho_B / s_B. With the bases sorted by this bound:
+    A basis is a set of k coordinates with G_B invertible. For a coordinate a outside B let M[B, a]
+    = max(1, || G_B^-1 g_a ||_1): codewords c within 1 on B have |c_a| <= M[B, a], and one reaches
+    the norm. Let rho_B be the largest M[B, a] and s_B the (n - k - m)-th smallest, or 1 for
+    m = n - k. The codeword of rho_B, divided by s_B, is within 1 on n - m coordinates, so that
+    rho_B / s_B is a lower bound of the m-height. With the bases sorted by this bound, and those
+    within 0.001 of each other by rho_B, the features are, in log2:
 
       126     the largest bound; how far the bound of every other basis is below it, at most LIMIT
       126     rho_B of the same bases, relative to the largest bound, within LIMIT of it
 
-    Singular bases, and those that k = 6 lacks, are last and have LIMIT. Order and signs of the rows
-    and columns of P change nothing. How bases combine to a height is left to the network.
+    Singular sets of k coordinates, and what k = 6 has less than 126, are last and have LIMIT. The
+    order and signs of coordinates do not matter. How bases combine to a height is left to the
+    network.
 
     Called with k and m, integers of shape (batch, 1), and P_matrix, float64 of shape (batch, 20).
     Returns float32 of shape (batch, 252). The minors of G, which give M by Cramer's rule (see
-    data/heights.py), are float64: they reach 2.4e9, and one of 1 can decide.
+    data/heights.py), are float64: they reach 2.4e9, and a minor of 1 can matter.
     """
 
     BASES, WIDTH, LIMIT = 126, 252, 6.0
@@ -199,7 +206,7 @@ class BasisFeatures(layers.Layer):
         # In the falling order s_B has the index m. For m = r there is none, and log2 of 1 is 0.
         s = ops.sum(falling * ops.one_hot(m, r, dtype="float64")[:, None, :], axis=2)
         bound = ops.where(ops.transpose(minors) > 0, rho - s, -np.inf)
-        # Near-ties of the bound are sorted by rho, so that the place of a basis does not matter.
+        # By rho where bounds are nearly equal, so that rounding does not decide.
         order = ops.top_k(bound + rho / 2**14, bases)[1]
         bound, rho = (ops.take_along_axis(x, order, axis=1) for x in (bound, rho))
 
@@ -379,9 +386,9 @@ def network_inputs(dataset: Dataset, rows=slice(None)) -> dict[str, np.ndarray]:
 class Batches(keras.utils.PyDataset):
     """(inputs, log2 heights, sample weights) of each step of an epoch.
 
-    An epoch has as many rows as the training set without extra codes, sampled evenly from all of
-    it, none twice. They and their order follow from the seed and the number of the epoch alone, so
-    that a resumed run has the same.
+    An epoch has about as many rows as the training set without extra codes. They are sampled anew
+    for each epoch, evenly from the whole training set, none twice. The sample and its order follow
+    from the seed and the number of the epoch alone, so that a resumed run has the same.
     """
 
     def __init__(self, train_set: Dataset, settings: Settings) -> None:
@@ -407,12 +414,13 @@ class Batches(keras.utils.PyDataset):
 
 
 class Checkpoint(callbacks.Callback):
-    """The design's ModelCheckpoint. After each epoch one file has all that a killed run needs.
+    """The design's ModelCheckpoint. After each epoch it writes one file, from which a run resumes.
 
-    These are the run's settings, the history, the seconds spent, whether early stopping has come,
-    all variables of network and optimizer, and the weights of the epoch with the lowest val_loss.
-    The state of EarlyStopping and ReduceLROnPlateau follows from the history, which is replayed to
-    them. Raises InputError for a damaged file and for one of a run with other settings.
+    The file holds the run's settings, the history, the seconds spent, whether early stopping has
+    come, all variables of network and optimizer, and the weights of the epoch with the lowest
+    val_loss. The state of EarlyStopping and ReduceLROnPlateau follows from the history, which is
+    replayed to them; rows and order of an epoch follow from the seed. Raises InputError for a
+    damaged file and for one of a run with other settings.
     """
 
     def __init__(self, path: Path, settings: dict) -> None:
@@ -423,14 +431,14 @@ class Checkpoint(callbacks.Callback):
             return
         try:
             with np.load(path) as file:
-                there, self.history, self.seconds, self.stopped = json.loads(str(file["kept"]))
+                earlier, self.history, self.seconds, self.stopped = json.loads(str(file["state"]))
                 self.values = [file[x] for x in file.files if x.startswith("variable")]
                 self.best_weights = [file[x] for x in file.files if x.startswith("best")]
         except Exception as error:  # NumPy and zipfile raise many kinds.
             problem = f"cannot be read, --fresh drops it: {one_line(error)}"
             raise InputError(f"{path}: {problem}") from None
-        if differ := [x for x, now in self.settings.items() if there.get(x) != now]:
-            pairs = ", ".join(f"{x} {there.get(x)}, now {self.settings[x]}" for x in differ)
+        if differ := [x for x, now in self.settings.items() if earlier.get(x) != now]:
+            pairs = ", ".join(f"{x} {earlier.get(x)}, now {self.settings[x]}" for x in differ)
             raise InputError(f"{path}: is of a run with {pairs}; --fresh drops it")
 
     def variables(self) -> list:
@@ -462,22 +470,24 @@ class Checkpoint(callbacks.Callback):
         self.stopped = bool(self.model.stop_training)
         if best_epoch(self.history) == epoch + 1:
             self.best_weights = self.model.get_weights()
-        kept = json.dumps([self.settings, self.history, self.seconds, self.stopped])
+        state = json.dumps([self.settings, self.history, self.seconds, self.stopped])
         arrays = {f"variable_{i}": ops.convert_to_numpy(x) for i, x in enumerate(self.variables())}
         arrays |= {f"best_{i}": x for i, x in enumerate(self.best_weights)}
-        content = io.BytesIO()  # On a full disk NumPy's writer would leave a traceback behind.
-        np.savez(content, kept=np.array(kept), **arrays)
+        content = io.BytesIO()  # On a full disk NumPy's writer prints tracebacks.
+        np.savez(content, state=np.array(state), **arrays)
         with replacing(self.path) as temporary:
             temporary.write_bytes(content.getbuffer())
 
-        left = min(self.stopping.patience - self.stopping.wait, self.params["epochs"] - epoch - 1)
-        time_left = timedelta(seconds=round(left * self.seconds / (epoch + 1)))
-        below = self.stopping.best - abs(self.stopping.min_delta)
-        print(
+        to_stop = self.stopping.patience - self.stopping.wait
+        left = min(to_stop, self.params["epochs"] - epoch - 1)
+        text = (
             f"epoch {epoch + 1}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}; ends in "
-            f"{left} epochs ({time_left}), or later if val_loss falls below {below:.4f}",
-            flush=True,
         )
+        text += f"{left} epochs ({timedelta(seconds=round(left * self.seconds / (epoch + 1)))})"
+        if left == to_stop:
+            below = self.stopping.best - abs(self.stopping.min_delta)  # Keras negates min_delta.
+            text += f", or later if val_loss falls below {below:.4f}"
+        print(text, flush=True)
 
 
 def best_epoch(history: list[dict]) -> int:
@@ -501,9 +511,10 @@ def train(network, optimizer, schedule, plateau, stopping, batches, val_set, che
 
     optimizer, schedule, plateau, stopping: as optimizer_and_callbacks gives them.
     """
+    # On a GPU XLA is not deterministic.
     network.compile(optimizer, "mean_squared_error", jit_compile=not GPUS)
     optimizer.build(network.trainable_variables)
-    checkpoint.plateau, checkpoint.stopping = plateau, stopping
+    checkpoint.plateau, checkpoint.stopping = plateau, stopping  # It comes after them in fit.
     sample = callbacks.LambdaCallback(on_epoch_begin=batches.start_epoch)
     if not checkpoint.stopped and len(checkpoint.history) < batches.settings.epochs:
         network.fit(
@@ -594,10 +605,10 @@ def with_means(errors: pd.DataFrame) -> pd.DataFrame:
 def trainings_table(rows: pd.DataFrame, seed: int, test: pd.DataFrame) -> pd.DataFrame:
     """Means of the test errors of each training in these rows, and of the present run."""
     table = {}
-    for run, part in rows.groupby("run", sort=False):
+    for name, part in rows.groupby("run", sort=False):
         by_seed = part.pivot(index=["k", "m"], columns="seed", values="test_log2_mse")
         seeds = {"seeds": " ".join(map(str, by_seed))}
-        table[run] = seeds | with_means(by_seed).loc[[*TIERS]].mean(axis=1).to_dict()
+        table[name] = seeds | with_means(by_seed).loc[[*TIERS]].mean(axis=1).to_dict()
     this = {"seeds": str(seed)} | with_means(test).loc[[*TIERS], "Run 5"].to_dict()
     return pd.DataFrame(table | {"this run": this}).T
 
@@ -618,8 +629,8 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
     means = with_means(test)
     missed = {x: [t for t in TARGETS if not means[x][t] < TARGETS[t]] for x in means}
     design = with_means(published.assign(**{x: validation[x] for x in ("Run 5", "n")}))
-    for short, run in (("vs R2", "Run 2"), ("vs R4", "Run 4")):
-        design[short] = (design["Run 5"] / design[run] - 1).map("{:+.1%}".format)
+    for short, other in (("vs R2", "Run 2"), ("vs R4", "Run 4")):
+        design[short] = (design["Run 5"] / design[other] - 1).map("{:+.1%}".format)
     design["n"] = design.pop("n").map("{:.0f}".format)
     rows = rows[rows["dataset"] == results["dataset"]["sha256"]]
     settings = results["settings"]
@@ -660,11 +671,13 @@ def plot_history(results: dict, path: Path) -> None:
     history.index += 1
     figure = Figure(figsize=(9, 6), layout="constrained")
     panel, lowest = figure.subplots(), history["val_loss"][best]
-    panel.plot(history["loss"], "C0", label="loss in training, with dropout and group weights")
+    panel.plot(history["loss"], "C0", label="loss, training set, with dropout and group weights")
     panel.plot(history["val_loss"], "C1", label="val_loss, validation set")
     panel.plot(best, lowest, "kv", label=f"best epoch {best}: {lowest:.4f}")
     ridge = pd.DataFrame(results["errors"]["validation"])["ridge"].mean()
-    panel.axhline(ridge, color="C2", linestyle="--", label=f"ridge, validation set: {ridge:.4f}")
+    panel.axhline(
+        ridge, color="C2", linestyle="--", label=f"ridge, mean of the groups: {ridge:.4f}"
+    )
     panel.set(xlabel="epoch", ylabel="MSE of log2 height", yscale="log")
     panel.set_title(f"Run 5: training, ended by {results['ended']}")
     panel.yaxis.set_major_formatter("{x:g}")
@@ -696,14 +709,15 @@ def plot_predictions(test_set: Dataset, predicted: np.ndarray, path: Path) -> No
 # --- prediction -----------------------------------------------------------------------------------
 
 
-def predict(inputs: Path, labels: Path | None, check: str, model: Path, output: Path) -> None:
+def predict(inputs: Path, heights_file: Path | None, labels: str, model: Path, output: Path):
     """Write a model's heights for the codes of a file, in their order, to a file in `output`.
 
-    labels: a file of true heights, to print the error of each group, or None. check: see
-    true_heights. Raises InputError for files that cannot be used.
+    heights_file: true heights, to print the error of each group, or None. labels: see true_heights.
+    Raises InputError for files that cannot be used.
     """
     codes = files.read_codes(inputs)
-    true, origin = files.true_heights(codes, labels, check) if labels else (None, None)
+    if heights_file:
+        true, origin = files.true_heights(codes, heights_file, labels)
     predicted = predict_all(load_trained(model), codes)[:, 0].astype(float)
     output.mkdir(parents=True, exist_ok=True)
     suffix = ".csv" if inputs.suffix == ".npz" else ".pkl"
@@ -713,7 +727,7 @@ def predict(inputs: Path, labels: Path | None, check: str, model: Path, output: 
     beyond = np.flatnonzero(~np.isfinite(predicted)).tolist()
     if beyond:
         print(f"{len(beyond):,} are too large for float32, written as inf: rows {one_line(beyond)}")
-    if labels:
+    if heights_file:
         finite = np.isfinite(true)
         bound = predict_all(feature_model("basis"), codes)[:, 0]
         both = pd.DataFrame({"log2_mse": np.log2(predicted), "bound_log2_mse": bound})[finite]
@@ -724,7 +738,7 @@ def predict(inputs: Path, labels: Path | None, check: str, model: Path, output: 
         print(f"heights {origin}; {(~finite).sum():,} rows of infinite height left out")
 
 
-load_once = lru_cache(load_trained)  # For one call of inference after the other.
+load_once = lru_cache(load_trained)  # So that inference reads a model once.
 
 
 def inference(n: int, k: int, m: int, p_list: Iterable, model: Path = TRAINED) -> list[float]:
@@ -743,56 +757,56 @@ def inference(n: int, k: int, m: int, p_list: Iterable, model: Path = TRAINED) -
 
 
 def evaluate(model: keras.Model, sets: dict[str, Dataset], features: str) -> tuple:
-    """Errors, as group_errors has them, of every way to predict: on the test set, its low codes and
-    the validation set. Then the log2 heights that `model` predicts for the test set.
+    """Errors of every way to predict, as group_errors has them, on the validation set, the test set
+    and its low codes. Then the log2 heights that `model` predicts for the test set, (rows,).
 
-    It is called once, at the end of a run: nothing is chosen by the test set.
+    Called once, at the end of a run: until then the test set is not predicted.
     """
-    errors = {}
+    ways = {}
     for name in ("validation", "test"):
-        data = sets[name]
-        log2_height = np.log2(predict_all(model, data)[:, 0].astype(float))
-        predicted = simple_predictions(sets["training"], data, features).assign(run5=log2_height)
-        errors[name] = group_errors(data, data.log2_height, predicted)
-    low = data.take(data.low)
-    errors["low codes"] = group_errors(low, low.log2_height, predicted[data.low])
-    return errors, log2_height
+        simple = simple_predictions(sets["training"], sets[name], features)
+        heights_of_model = predict_all(model, sets[name])[:, 0].astype(float)
+        ways[name] = simple.assign(run5=np.log2(heights_of_model))
+    errors = {x: group_errors(sets[x], sets[x].log2_height, ways[x]) for x in ways}
+    low = sets["test"].take(sets["test"].low)
+    errors["low codes"] = group_errors(low, low.log2_height, ways["test"][sets["test"].low])
+    return errors, ways["test"]["run5"].to_numpy()
 
 
 def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
     """Load, split, train, report. fresh: drop an unfinished run. labels: see true_heights."""
     dataset = load_dataset(*settings.data, labels=labels)
-    read_baselines()  # Raises before training, not after it.
+    read_baselines()  # So that a damaged file is found before training.
     work = settings.output / "unfinished"
     work.mkdir(parents=True, exist_ok=True)
     if fresh:
         (work / "checkpoint.npz").unlink(missing_ok=True)
-    same = asdict(settings) | {"data": dataset.about["sha256"]}
-    del same["output"], same["epochs"]  # They may differ when a run is resumed.
-    checkpoint = Checkpoint(work / "checkpoint.npz", same)
+    identity = asdict(settings) | {"data": dataset.about["sha256"]}
+    del identity["output"], identity["epochs"]  # They may differ when a run is resumed.
+    checkpoint = Checkpoint(work / "checkpoint.npz", identity)
 
     sets = make_sets(dataset, settings)
-    rows = {name: len(data) for name, data in sets.items()}
-    print(pd.Series(dataset.about | rows).to_string(), "\ncomputing features", flush=True)
+    counts = {name: len(data) for name, data in sets.items()}
+    print(pd.Series(dataset.about | counts).to_string(), "\ncomputing features", flush=True)
     front = feature_model(settings.features)
     sets = {x: replace(data, features=predict_all(front, data)) for x, data in sets.items()}
 
-    keras.utils.set_random_seed(settings.seed)  # Of initial weights and dropout.
+    keras.utils.set_random_seed(settings.seed)  # For initial weights and dropout.
     if GPUS:
         tf.config.experimental.enable_op_determinism()
     network = build_network(sets["training"].features, settings)
     batches = Batches(sets["training"], settings)
-    how = optimizer_and_callbacks(settings)
-    train(network, *how, batches, sets["validation"], checkpoint)
+    optimizer, schedule, plateau, stopping = optimizer_and_callbacks(settings)
+    train(network, optimizer, schedule, plateau, stopping, batches, sets["validation"], checkpoint)
 
     model = height_model(network, settings.features)
-    errors, log2_height = evaluate(model, sets, settings.features)
+    errors, predicted = evaluate(model, sets, settings.features)
     epochs = len(checkpoint.history)
     results = {
         "settings": checkpoint.settings | {"epochs": settings.epochs},
         "dataset": dataset.about,
-        "sets": rows,
-        "extra_codes": rows["training"] + rows["validation"] - len(dataset),
+        "sets": counts,
+        "extra_codes": counts["training"] + counts["validation"] - len(dataset),
         "rows_per_epoch": batches.rows_per_epoch,
         "parameters": network.count_params(),
         "epochs_run": epochs,
@@ -808,7 +822,7 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
         "best_model_run5.h5": model.save,
         "metrics.json": lambda path: path.write_text(json.dumps(results, indent=1) + "\n"),
         "training_history.png": partial(plot_history, results),
-        "predictions_scatter.png": partial(plot_predictions, sets["test"], log2_height),
+        "predictions_scatter.png": partial(plot_predictions, sets["test"], predicted),
     }
     for name, write in writers.items():
         with replacing(settings.output / name, work) as path:
@@ -836,6 +850,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, argpar
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", **about)
     hints = get_type_hints(Settings, include_extras=True)
     for option in fields(Settings):
+        # Such as Annotated[int, "rows in one step", 1, 10**6]; a tuple stands for several values.
         kind, meaning, *limits = get_args(hints[option.name])
         several, default = get_origin(kind) is tuple, option.default
         shown = " ".join(map(str, default)) if several else default
