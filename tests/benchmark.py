@@ -7,11 +7,9 @@ the median, least and largest of the ratios. Nothing else should run on the mach
 """
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,43 +64,28 @@ class StepEnds(keras.callbacks.Callback):
         self.times.append(time.perf_counter())
 
 
-def serve(way: str) -> None:
-    """Rows a second by the median step of `fit`, for every line on stdin, in a process of its own.
-
-    way: "script", or "plain" for Keras' own Dropout and no compilation by XLA.
-    """
-    settings = run5.Settings(extra_codes=0)
-    data = training_rows(settings)
-    network, batches = run5.build_network(data.features, settings), run5.Batches(data, settings)
-    if way == "plain":
-        kinds = {run5.HashDropout: keras.layers.Dropout}
-        clone = lambda x: kinds.get(type(x), type(x)).from_config(x.get_config())  # noqa: E731
-        network = keras.models.clone_model(network, clone_function=clone)
-    optimizer, ends = run5.optimizer_and_callbacks(settings)[0], StepEnds()
-    network.compile(optimizer, "mse", jit_compile=way == "script")
-    for _ in sys.stdin:
-        network.fit(batches, verbose=0, shuffle=False, callbacks=[ends])
-        print(settings.batch_size / np.median(np.diff(ends.times)), flush=True)
-
-
 def training(repeats: int) -> list[str]:
-    with ExitStack() as stack:
+    """Rows a second by the median step of `fit`: the script's way, and Keras' own Dropout without
+    compilation by XLA."""
+    settings, ends = run5.Settings(extra_codes=0), StepEnds()
+    data = training_rows(settings)
+    batches, kinds = run5.Batches(data, settings), {run5.HashDropout: keras.layers.Dropout}
+    network = run5.build_network(data.features, settings)
 
-        def start(way: str) -> Callable[[], float]:
-            command = [sys.executable, __file__, "--serve", way]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            pipes |= {"stderr": subprocess.DEVNULL, "text": True}
-            process = stack.enter_context(subprocess.Popen(command, **pipes))
+    def stock(layer: keras.layers.Layer) -> keras.layers.Layer:
+        return kinds.get(type(layer), type(layer)).from_config(layer.get_config())
 
-            def ask() -> float:
-                process.stdin.write("\n")
-                process.stdin.flush()
-                return float(process.stdout.readline())
+    plain = keras.models.clone_model(network, clone_function=stock)
+    for model, compiled in ((network, True), (plain, False)):
+        optimizer = run5.optimizer_and_callbacks(settings)[0]
+        model.compile(optimizer, "mse", jit_compile=compiled)
 
-            return ask
+    def rows_a_second(model: keras.Model) -> float:
+        model.fit(batches, verbose=0, shuffle=False, callbacks=[ends])
+        return settings.batch_size / np.median(np.diff(ends.times))
 
-        readings = in_turn(repeats, start("script"), start("plain"))
-    return [line("training, rows/s, plain Keras", ">= 1.25", *readings)]
+    ways = (lambda: rows_a_second(network), lambda: rows_a_second(plain))
+    return [line("training, rows/s, plain Keras", ">= 1.25", *in_turn(repeats, *ways))]
 
 
 def labeller(repeats: int) -> list[str]:
@@ -144,10 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="readings of each (default: 3)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], help="(default: all)")
-    parser.add_argument("--serve", choices=("script", "plain"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.serve:
-        return serve(given.serve)
     head = f"{'measured':>10}{'reference':>10}{'ratio':>10}  {'least to largest':<24}goal"
     print(f"{f'what, unit, reference; {given.repeats} readings':<36}{head}")
     for name in given.only:

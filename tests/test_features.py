@@ -62,9 +62,10 @@ def test_features_of_a_mixed_batch_are_those_of_linear_algebra_on_each_code(m):
 
 
 def test_a_singular_basis_is_told_from_one_with_a_small_minor():
-    P = np.array([[100, 99, 3, 4, 5], [100, 99, 2, 7, 1], [1, 2, 9, -4, 4], [-3, 8, 2, 2, 6]])
+    P = np.random.default_rng(0).integers(50, 101, (4, 5))
+    P[3] = P[0] + P[1] - P[2]  # In float32 the minors of order 4 would not be 0.
     near = P.copy()
-    near[0, 0] -= 1
+    near[3, 0] += 1
     singular = (minors(np.stack([P, near])) == 0).sum(axis=1)
     assert singular[0] > singular[1]
     found = features(P, near, m=3)

@@ -361,61 +361,25 @@ def test_an_output_path_that_is_a_file_is_refused(tmp_path, small_npz, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-KILLS = """
-import os, random, signal, sys, time
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import train_model_v5 as run5
-
-settings = dict(data=(Path({data!r}),), epochs=120, width=1 / 32, test_codes=10)
-
-
-def start(folder):
-    # A fork has what takes long, the imports, behind it. What it prints tells how far it is.
-    pulse, beat = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.dup2(beat, 1)
-        sys.stdout.reconfigure(line_buffering=True)
-        run5.run(run5.Settings(output=Path(folder), **settings))
-        os._exit(0)
-    os.close(beat)
-    return child, open(pulse)
-
-
-child, lines = start({unbroken!r})
-lines.read()
-assert os.waitpid(child, 0)[1] == 0
-random.seed(0)
-for kill in range(20):
-    child, lines = start({broken!r})
-    wanted = random.randrange(0, 6)
-    for line in lines:
-        if "resuming" in line:
-            sys.stderr.write(line)
-        wanted -= line.startswith("epoch")
-        if wanted < 0:
-            break
-    time.sleep(random.uniform(0, 0.2))
-    os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL, f"the run ended before kill {{kill}}"
-    lines.close()
-child, lines = start({broken!r})
-lines.read()
-assert os.waitpid(child, 0)[1] == 0
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_had_not_been(tmp_path, small_npz):
-    paths = {"root": str(ROOT), "data": str(small_npz)}
-    paths |= {"unbroken": str(tmp_path / "1"), "broken": str(tmp_path / "2")}
-    start, command = time.perf_counter(), [sys.executable, "-c", KILLS.format(**paths)]
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    done = [int(epochs) for epochs in re.findall(r"resuming after (\d+) epochs", process.stderr)]
-    print(f"resumed after {done} epochs; {time.perf_counter() - start:.0f} s")
+    rng, done = np.random.default_rng(0), []
+    command = [sys.executable, ROOT / "train_model_v5.py", "--data", small_npz, "--epochs", "120"]
+    command = [*map(str, command), "--width", str(NARROW), "--test-codes", "10", "--output"]
+    subprocess.run([*command, tmp_path / "unbroken"], check=True, stdout=subprocess.DEVNULL)
+    for kill in range(21):
+        pipes = {"stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([*command, tmp_path / "broken"], **pipes) as process:
+            epochs = rng.integers(6)
+            for line in process.stdout:
+                done += re.findall(r"resuming after (\d+) epochs", line)
+                epochs -= line.startswith("epoch")
+                if epochs < 0 and kill < 20:
+                    time.sleep(rng.uniform(0, 0.2))
+                    process.kill()
+        assert process.returncode == (-signal.SIGKILL if kill < 20 else 0)
+    print(f"resumed after {done} epochs")
+    done = [*map(int, done)]
     assert len(set(done)) > 5 and done == sorted(done)
-    assert without_times(tmp_path / "1") == without_times(tmp_path / "2")
-    assert sorted(path.name for path in (tmp_path / "2").iterdir()) == RESULTS
+    assert without_times(tmp_path / "unbroken") == without_times(tmp_path / "broken")
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == RESULTS
