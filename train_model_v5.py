@@ -816,7 +816,7 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
         "history": checkpoint.history,
         "times": {"seconds": checkpoint.seconds, "finished": time.strftime("%Y-%m-%d %H:%M")},
         "versions": {x: version(x) for x in ("keras", "tensorflow", "numpy", "scikit-learn")},
-        "machine": f"{platform.platform()}, {os.cpu_count()} CPUs",
+        "machine": f"{platform.system()}, {platform.machine()}, {os.cpu_count()} CPUs",
     }
     writers = {
         "best_model_run5.h5": model.save,
@@ -880,7 +880,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, argpar
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for what cannot be used or written, 130 for Ctrl-C."""
-    logging.getLogger("absl").setLevel("ERROR")  # Keras warns that h5 is an old format.
+    for name in ("absl", "tensorflow"):  # They warn of the h5 format and of several models.
+        logging.getLogger(name).setLevel("ERROR")
     if sys.stdout is None or sys.stdout.closed:
         sys.stdout = io.StringIO()  # Else printing would fail.
     settings, given = parse_arguments(argv)

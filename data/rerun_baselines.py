@@ -207,7 +207,7 @@ def write_rows(table: pd.DataFrame, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    logging.getLogger("tensorflow").setLevel("ERROR")  # It warns of one network after the other.
+    logging.getLogger("tensorflow").setLevel("ERROR")  # It warns of several models.
     default, about = run5.Settings(), __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=about)
     add = parser.add_argument
