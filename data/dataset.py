@@ -152,7 +152,7 @@ class _Array:
         return f"<array of shape {np.shape(self.values)}>"
 
 
-class _Unpickler(pickle.Unpickler):
+class PlainUnpickler(pickle.Unpickler):
     """Reads plain containers, numbers, strings and NumPy's arrays. All other names are refused."""
 
     def find_class(self, module: str, name: str):
@@ -180,7 +180,7 @@ def _read_pickle(path: Path, content: bytes):
             # The unpickler makes room for as many objects as the number of the last one says.
             if "PUT" in opcode.name and argument > len(content):
                 raise pickle.UnpicklingError("it is damaged")
-        return _Unpickler(io.BytesIO(content)).load()
+        return PlainUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # A damaged pickle can raise anything.
         problem = f"cannot be read as npz or pickle: {one_line(error)}; else {CONVERT}"
         raise InputError(f"{path}: {problem}") from None
