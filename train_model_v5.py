@@ -81,7 +81,7 @@ class Settings:
     test_codes: Annotated[int, "codes of each (k, m) group in the test set", 10, 10**6] = 2000
     epochs: Annotated[int, "at most; may differ when a run is resumed", 1, 10**6] = 250
     batch_size: Annotated[int, "rows in one step of the optimizer", 1, 10**6] = 256
-    seed: Annotated[int, "of split, extra codes, weights, batches, dropout", 0, 2**32 - 1] = 42
+    seed: Annotated[int, "random seed of split, extra codes and training", 0, 2**32 - 1] = 42
     val_fraction: Annotated[float, "share of the codes in the validation set", 0.01, 0.9] = 0.15
     width: Annotated[float, "factor on the units of every hidden layer", 0.01, 10] = 1.0
     dropout: Annotated[float, "factor on every dropout rate, 0 for none", 0, 3] = 1.0
@@ -91,11 +91,13 @@ class Settings:
     constant_epochs: Annotated[int, "epochs before the rate begins to fall", 0, 10**6] = 10
     decay: Annotated[float, "factor on the rate at the start of each later epoch", 0.01, 1] = 0.95
     plateau_factor: Annotated[float, "factor on the rate at a plateau", 0.01, 0.99] = 0.7
-    plateau_patience: Annotated[int, "epochs with val_loss not 1e-4 lower to it", 1, 10**6] = 15
-    stop_patience: Annotated[int, "epochs without improvement to early stopping", 1, 10**6] = 40
+    plateau_patience: Annotated[int, "epochs before it, with val_loss not 1e-4 lower", 1, 10**6] = (
+        15
+    )
+    stop_patience: Annotated[int, "epochs without improvement before stopping", 1, 10**6] = 40
     stop_min_delta: Annotated[float, "smallest improvement that counts for it", 0, 100] = 0.002
     group_weights: Annotated[
-        tuple[float, ...], "of the nine groups in the loss, in the order of the report", 0, 100
+        tuple[float, ...], "nine weights in the loss, in the order of the report", 0, 100
     ] = (1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.5, 1.2, 1.5)
 
 
@@ -567,10 +569,10 @@ ridge  a regression for each group on the network's features, fitted to the trai
 
 Departures from the design
 - Input: 252 features of the code's bases, clipped at 8 standard deviations, in place of 20 entries
-  of P; the largest bound is added to the softplus. (Neither with --features raw.)
+  of P; the largest bound is added to the softplus. (Not with --features raw.)
 - {extra_codes:,} extra codes for training; an epoch samples {rows_per_epoch:,} training rows.
 - Codes are split, not rows, so that no code is in two sets. There is a test set.
-- Early stopping has a min_delta of {settings[stop_min_delta]}.
+- Early stopping has a min_delta of {settings[stop_min_delta]}. It can follow on the best epoch.
 - {parameters:,} parameters. The design says 3-4 million, but its layers have 5,630,369 on P.
 
 run       {epochs_run} epochs, ended by {ended}; best epoch {best_epoch}; {seconds:.0f} s; \
@@ -629,10 +631,10 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
     headline = pd.DataFrame({x: part.mean() for x, part in columns.items()}).drop("n")
     means = with_means(test)
     missed = {x: [t for t in TARGETS if not means[x][t] < TARGETS[t]] for x in means}
-    design = with_means(published.assign(**{x: validation[x] for x in ("Run 5", "n")}))
+    design = with_means(published.assign(**{"Run 5": validation["Run 5"]}))
     for short, other in (("vs R2", "Run 2"), ("vs R4", "Run 4")):
         design[short] = (design["Run 5"] / design[other] - 1).map("{:+.1%}".format)
-    design["n"] = design.pop("n").map("{:.0f}".format)
+    design["n"] = [*validation["n"], *(validation["n"].loc[x].sum() for x in TIERS.values())]
     rows = rows[rows["dataset"] == results["dataset"]["sha256"]]
     settings = results["settings"]
     defaults = json.loads(json.dumps(asdict(Settings()), default=str))
