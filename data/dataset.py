@@ -138,7 +138,7 @@ class _Dtype:
 class _Array:
     """Stands in for numpy.ndarray. np.asarray makes it one."""
 
-    def __init__(self, values: np.ndarray | None = None) -> None:
+    def __init__(self, values: np.ndarray) -> None:
         self.values = values
 
     def __setstate__(self, state: tuple) -> None:
@@ -161,7 +161,7 @@ class PlainUnpickler(pickle.Unpickler):
             "numpy.ndarray": None,  # It is only handed to _reconstruct.
             "numpy.dtype": lambda code, *_: _Dtype(code),
             "_codecs.encode": lambda text, encoding: text.encode("latin1"),
-            "numpy._core.multiarray._reconstruct": lambda *_: _Array(),
+            "numpy._core.multiarray._reconstruct": lambda *_: _Array(np.empty(0)),
             "numpy._core.multiarray.scalar": lambda dtype, raw: dtype.read(raw).item(),
             "numpy._core.numeric._frombuffer": lambda raw, dtype, shape, order: _Array(
                 dtype.read(raw).reshape(shape, order=order)
