@@ -91,9 +91,7 @@ class Settings:
     constant_epochs: Annotated[int, "epochs before the rate begins to fall", 0, 10**6] = 10
     decay: Annotated[float, "factor on the rate at the start of each later epoch", 0.01, 1] = 0.95
     plateau_factor: Annotated[float, "factor on the rate at a plateau", 0.01, 0.99] = 0.7
-    plateau_patience: Annotated[int, "epochs before it, with val_loss not 1e-4 lower", 1, 10**6] = (
-        15
-    )
+    plateau_patience: Annotated[int, "epochs before it, val_loss not 1e-4 lower", 1, 10**6] = 15
     stop_patience: Annotated[int, "epochs without improvement before stopping", 1, 10**6] = 40
     stop_min_delta: Annotated[float, "smallest improvement that counts for it", 0, 100] = 0.002
     group_weights: Annotated[
@@ -164,7 +162,7 @@ class BasisFeatures(layers.Layer):
     the norm. Let rho_B be the largest M[B, a] and s_B the (n - k - m)-th smallest, or 1 for
     m = n - k. The codeword of rho_B, divided by s_B, is within 1 on n - m coordinates, so that
     rho_B / s_B is a lower bound of the m-height. With the bases sorted by this bound, and those
-    within 0.001 of each other by rho_B, the features are, in log2:
+    within 0.002 of each other by rho_B, the features are, in log2:
 
       126     the largest bound; how far the bound of every other basis is below it, at most LIMIT
       126     rho_B of the same bases, relative to the largest bound, within LIMIT of it
@@ -232,7 +230,10 @@ def feature_model(features: str) -> keras.Model:
 
 
 def predict_all(model: keras.Model, codes: Dataset | Codes) -> np.ndarray:
-    """What feature_model or height_model give for these codes, float32 (rows, outputs)."""
+    """What feature_model or height_model give for these codes, float32 (rows, outputs).
+
+    By batches, since Model.predict takes two seconds to end.
+    """
     inputs = [np.full((len(codes.k), 1), N), codes.k[:, None], codes.m[:, None], codes.P]
     steps = range(0, len(codes.k), PREDICTION_BATCH)
     parts = [[x[start : start + PREDICTION_BATCH] for x in inputs] for start in steps]
