@@ -55,7 +55,7 @@ from data import dataset as files
 from data import heights
 from data.dataset import P_WIDTH, Codes, Dataset, InputError, load_dataset, one_line, replacing
 from data.heights import GROUPS, N
-from data.prepare import make_dataset
+from data.prepare import make_dataset, make_extra_codes
 
 keras.config.set_floatx("float32")  # The user's keras.json may name another.
 GPUS = tf.config.list_physical_devices("GPU")
@@ -142,7 +142,7 @@ def make_sets(dataset: Dataset, settings: Settings) -> dict[str, Dataset]:
     test_set = make_dataset(settings.test_codes, TEST_SEED, known=dataset.key)
     if extra_per_group := settings.extra_codes * len(train_set) // len(GROUPS):
         known = np.concatenate([dataset.key, test_set.key])
-        train_set = train_set.extended(make_dataset(extra_per_group, [settings.seed, 1], known))
+        train_set = train_set.extended(make_extra_codes(extra_per_group, settings.seed, known))
     sets = {"training": train_set, "validation": val_set, "test": test_set}
     for one, other in combinations(sets, 2):
         if shared := len(np.intersect1d(sets[one].key, sets[other].key)):

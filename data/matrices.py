@@ -16,6 +16,7 @@ STRUCTURED_SHARE = 0.04
 # Low codes: the shares of their three kinds, and how long the search takes, in rounds.
 LOW_KINDS = {"searched": 0.8, "near-constant": 0.1, "small": 0.1}
 SEARCH_ROUNDS = (5, 300)
+VERY_LOW_ROUNDS = (30, 3_000)  # Of the search from small entries, for extra codes.
 
 
 def random_matrices(rng: np.random.Generator, count: int, k: int, r: int) -> np.ndarray:
@@ -61,6 +62,20 @@ def low_matrices(rng: np.random.Generator, count: int, k: int, m: int) -> np.nda
     rounds = np.exp(rng.uniform(*np.log(SEARCH_ROUNDS), size=len(searched))).astype(int)
     P[searched] = search(rng, P[searched], m, rounds)
     return P
+
+
+def very_low_matrices(
+    rng: np.random.Generator, count: int, k: int, m: int, rounds: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Matrices P of codes of very small m-height, shape (count, k, N - k), by `search`.
+
+    It starts at entries uniform on [-R, R], R from 1 to 8, and takes a number of rounds that is
+    log-uniform on `rounds` (default: VERY_LOW_ROUNDS).
+    """
+    most = rng.integers(1, 9, size=(count, 1, 1))
+    P = rng.integers(-most, most + 1, size=(count, k, N - k))
+    log_rounds = rng.uniform(*np.log(rounds or VERY_LOW_ROUNDS), size=count)
+    return search(rng, P, m, np.rint(np.exp(log_rounds)).astype(int))
 
 
 def search(rng: np.random.Generator, P: np.ndarray, m: int, rounds: np.ndarray) -> np.ndarray:

@@ -1,14 +1,16 @@
 """The dataset data/augmented.npz, codes with exact m-heights; also labels the codes of a file.
 
 python data/prepare.py                                    makes the dataset
+python data/prepare.py --very-low                         makes data/very_low.npz
 python data/prepare.py --label INPUTS --output HEIGHTS    labels the codes of a file
 """
 
 import argparse
+import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from pathlib import Path
@@ -23,71 +25,147 @@ from data.dataset import (
     Codes,
     Dataset,
     InputError,
+    codes_from_rows,
     exact_heights,
     flatten,
+    load_dataset,
     read_codes,
     write_heights,
 )
 from data.heights import GROUPS, N, code_keys, m_heights
-from data.matrices import low_matrices, random_matrices
+from data.matrices import low_matrices, random_matrices, very_low_matrices
 
 ROWS_PER_GROUP = 12_000
 SEED = 5
 LOW_SHARE = 0.1  # The share of each group that low_matrices makes; random_matrices makes the rest.
+VERY_LOW_SHARE = 0.08  # The share of codes of very small height among extra codes, see below.
+DATASET, VERY_LOW, KNOWN_HEIGHTS = (
+    Path(__file__).with_name(name)
+    for name in ("augmented.npz", "very_low.npz", "known_heights.csv")
+)
 LABEL_BLOCK = 3 * 10**7  # What one process labels in one go: a fraction of a second of work.
 
 
 # --- dataset --------------------------------------------------------------------------------------
 
 
+def make_group(
+    rng: np.random.Generator, k: int, m: int, rows: int, known: set[bytes], very_low: int = 0
+) -> dict[str, np.ndarray]:
+    """Columns of a Dataset: so many new codes of one (k, m) group with exact heights.
+
+    The last rows are low codes: a share LOW_SHARE by low_matrices, then `very_low` rows by
+    very_low_matrices. Codes of infinite height and codes whose key (of code_keys) is in `known` are
+    left out, and others are made in their place; the keys of the new codes are added to `known`.
+    """
+    low = round(LOW_SHARE * rows)
+    ways = (
+        (
+            rows - low - very_low,
+            lambda n: random_matrices(rng, np.clip(2 * n, 1000, 20_000), k, N - k),
+        ),
+        (low, lambda n: low_matrices(rng, max(n * 5 // 4, 100), k, m)),
+        (very_low, lambda n: very_low_matrices(rng, max(n * 5 // 4, 100), k, m)),
+    )
+    parts = []
+    for count, matrices in ways:
+        while count > 0:
+            P = matrices(count)
+            height = m_heights(P, [m])[:, 0]
+            P, height = P[np.isfinite(height)], height[np.isfinite(height)]
+            key = code_keys(P)
+            first = np.sort(np.unique(key, return_index=True)[1])
+            new = [i for i in first if key[i] not in known][:count]
+            known.update(key[new].tolist())
+            parts.append({"P": flatten(P[new]), "height": height[new], "key": key[new]})
+            count -= len(new)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    is_low = np.arange(rows) >= rows - low - very_low
+    return columns | {"k": np.full(rows, k), "m": np.full(rows, m), "low": is_low}
+
+
+def joined(groups: Iterable[dict[str, np.ndarray]]) -> Dataset:
+    """The dataset of the columns of these groups."""
+    groups = list(groups)
+    return Dataset(**{name: np.concatenate([part[name] for part in groups]) for name in groups[0]})
+
+
 def make_dataset(
     rows_per_group: int = ROWS_PER_GROUP,
     seed: int | Sequence[int] = SEED,
     known: Iterable[bytes] = (),
-    progress: bool = False,
 ) -> Dataset:
     """Codes with exact heights, `rows_per_group` for each (k, m) group, no code twice.
 
-    P is int64. In each group a share LOW_SHARE, its last rows, are low codes. Codes of infinite
-    height, duplicates and codes whose key (of code_keys) is in `known` are left out, and others are
-    made in their place. progress: whether to print a line for each group.
+    P is int64. In each group a share LOW_SHARE, its last rows, are low codes. known: keys of codes
+    that are left out.
     """
-    rng, known, start = np.random.default_rng(seed), set(known), time.perf_counter()
-    parts: list[dict[str, np.ndarray]] = []
-    random_rows = rows_per_group - round(LOW_SHARE * rows_per_group)
-    for k, m in GROUPS:
-        rows, tried = 0, 0
-        for low, wanted in ((False, random_rows), (True, rows_per_group)):
-            while rows < wanted:
-                if low:
-                    P = low_matrices(rng, max((wanted - rows) * 5 // 4, 100), k, m)
-                else:
-                    count = min(max(2 * (wanted - rows), 1_000), 20_000)
-                    P = random_matrices(rng, count, k, N - k)
-                tried += len(P)
-                height = m_heights(P, [m])[:, 0]
-                P, height = P[np.isfinite(height)], height[np.isfinite(height)]
-                keys, new = code_keys(P), []
-                for i, key in enumerate(keys.tolist()):
-                    if key not in known and rows < wanted:
-                        known.add(key)
-                        new.append(i)
-                        rows += 1
-                columns = {"P": flatten(P[new]), "height": height[new], "key": keys[new]}
-                same = {"k": k, "m": m, "low": low}
-                parts.append(columns | {x: np.full(len(new), v) for x, v in same.items()})
-        if progress:
-            seconds = time.perf_counter() - start
-            print(f"k={k},m={m}: {rows:,} rows of {tried:,} matrices, {seconds:.1f} s", flush=True)
-    return Dataset(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    rng, known = np.random.default_rng(seed), set(known)
+    return joined(make_group(rng, k, m, rows_per_group, known) for k, m in GROUPS)
 
 
-def make_file(rows_per_group: int, seed: int, output: Path) -> None:
-    """Make the dataset and write it."""
-    dataset = make_dataset(rows_per_group, seed, progress=True)
-    codes = Codes(np.full(len(dataset), N), dataset.k, dataset.m, dataset.P)
-    write_heights(output, codes, dataset.height)
-    print(f"{output}: {len(dataset):,} rows")
+def make_extra_codes(rows_per_group: int, seed: int, known: Iterable[bytes]) -> Dataset:
+    """Codes to add to a training set: as make_dataset makes them, and some of very small height.
+
+    These are a share VERY_LOW_SHARE of the groups with m < n - k. The codes of known and of the
+    file VERY_LOW are left out. Groups are made in parallel, from seeds of their own, so that the
+    codes do not depend on the number of cores. Raises InputError when a process is killed.
+    """
+    known = {*known, *load_dataset(VERY_LOW).key.tolist()}
+    very_low = round(VERY_LOW_SHARE * rows_per_group)
+    arguments = (
+        (
+            np.random.default_rng([seed, 1, i]),
+            k,
+            m,
+            rows_per_group,
+            set(known),
+            very_low * (m < N - k),
+        )
+        for i, (k, m) in enumerate(GROUPS)
+    )
+    workers = joblib.cpu_count() if rows_per_group > 1000 else 1
+    return joined(in_parallel(make_group, arguments, workers))
+
+
+def in_parallel(function: Callable, arguments: Iterable[tuple], workers: int) -> Iterator:
+    """The results of the calls, in order. Raises InputError when a process is killed."""
+    parallel = joblib.Parallel(workers, return_as="generator", max_nbytes=None)
+    try:
+        yield from parallel(joblib.delayed(function)(*x) for x in arguments)
+    except BrokenProcessPool:
+        raise InputError("a process was killed, expected enough memory for all of them") from None
+
+
+def very_low_codes() -> Codes:
+    """Codes of very small height, to measure accuracy with; they are kept out of training.
+
+    The smallest published code of each group, then up to 100 of each: the lowest distinct codes of
+    400 searches of 3,000 rounds, without those of the dataset.
+    """
+    table = pd.read_csv(KNOWN_HEIGHTS)
+    table = table[table["source"].str.startswith("smallest")]
+    rows = [[*x, np.array(json.loads(P))] for *x, P in table[["n", "k", "m", "P"]].values.tolist()]
+    known = {*load_dataset(DATASET).key.tolist()}
+    known.update(code_keys(P[None])[0] for *_, P in rows)
+    rngs = (np.random.default_rng([SEED, i]) for i in range(len(GROUPS)))
+    arguments = ((rng, 400, k, m, (3000, 3000)) for rng, (k, m) in zip(rngs, GROUPS, strict=True))
+    found = in_parallel(very_low_matrices, arguments, joblib.cpu_count())
+    for (k, m), P in zip(GROUPS, found, strict=True):
+        height = m_heights(P, [m])[:, 0]
+        P = P[np.argsort(height, kind="stable")[: np.isfinite(height).sum()]]
+        key = code_keys(P)
+        first = np.sort(np.unique(key, return_index=True)[1])
+        rows += [[N, k, m, P[i]] for i in first if key[i] not in known][:100]
+    return codes_from_rows("very low codes", rows)
+
+
+def make_file(codes: Codes, heights: np.ndarray, output: Path) -> None:
+    """Write a dataset and print a line on each of its groups."""
+    write_heights(output, codes, heights)
+    table = pd.DataFrame({"k": codes.k, "m": codes.m, "log2 height": np.log2(heights)})
+    print(table.groupby(["k", "m"])["log2 height"].describe().round(2).to_string())
+    print(f"{output}: {len(heights):,} rows")
 
 
 # --- labels of a file -----------------------------------------------------------------------------
@@ -108,20 +186,16 @@ def label_file(inputs: Path, output: Path) -> None:
         blocks += parts
         work += [entries * len(part) for part in parts]
     workers = joblib.cpu_count() if sum(work) > 3 * LABEL_BLOCK else 1
-    parallel = joblib.Parallel(workers, return_as="generator", max_nbytes=None)
-    parts = (Codes(*(column[rows] for column in codes)) for rows in blocks)
+    parts = ((Codes(*(column[rows] for column in codes)),) for rows in blocks)
     heights, done, rows_done, start = np.empty(len(codes.k)), 0, 0, time.perf_counter()
-    try:
-        results = parallel(joblib.delayed(exact_heights)(part) for part in parts)
-        for rows, amount, block in zip(blocks, work, results, strict=True):
-            heights[rows] = block
-            done, rows_done = done + amount, rows_done + len(rows)
-            seconds = time.perf_counter() - start
-            left = timedelta(seconds=round(seconds * (sum(work) / done - 1)))
-            print(f"{rows_done:,} of {len(heights):,} codes, about {left} left", flush=True)
-    except BrokenProcessPool:
-        problem = "a process was killed, expected enough memory for all; label the codes in parts"
-        raise InputError(f"{inputs}: {problem}") from None
+    for rows, amount, block in zip(
+        blocks, work, in_parallel(exact_heights, parts, workers), strict=True
+    ):
+        heights[rows] = block
+        done, rows_done = done + amount, rows_done + len(rows)
+        seconds = time.perf_counter() - start
+        left = timedelta(seconds=round(seconds * (sum(work) / done - 1)))
+        print(f"{rows_done:,} of {len(heights):,} codes, about {left} left", flush=True)
     write_heights(output, codes, heights)
     print(f"{output}: {len(heights):,} heights, {np.isinf(heights).sum():,} of them infinite")
 
@@ -138,6 +212,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--label", type=Path, metavar="INPUTS", help="codes: npz or a pickle of [n, k, m, P]")
+    about = "make codes of very small height, not for training (default output: data/very_low.npz)"
+    add("--very-low", action="store_true", help=about)
     about = "dataset (default: data/augmented.npz), or heights: .csv, .npz, else a pickle"
     add("--output", type=Path, help=about)
     about = "of each (k, m) group of the dataset (default: %(default)s)"
@@ -148,7 +224,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--rows, --seed: expected 1 or more rows, and a seed of 0 or more")
     if given.label and not given.output:
         parser.error("--label: expected --output HEIGHTS beside it")
-    output = given.output = given.output or Path(__file__).with_name("augmented.npz")
+    output = given.output = given.output or (VERY_LOW if given.very_low else DATASET)
     if output.is_dir() or not output.parent.is_dir():
         parser.error(f"--output: {output} is not a file name in an existing folder")
     if given.label and output.exists() and given.label.exists() and output.samefile(given.label):
@@ -164,8 +240,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if given.label:
             label_file(given.label, given.output)
+        elif given.very_low:
+            codes = very_low_codes()
+            make_file(codes, exact_heights(codes), given.output)
         else:
-            make_file(given.rows, given.seed, given.output)
+            data = make_dataset(given.rows, given.seed)
+            make_file(
+                Codes(np.full(len(data), N), data.k, data.m, data.P), data.height, given.output
+            )
     except (InputError, OSError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2
