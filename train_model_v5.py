@@ -74,8 +74,8 @@ class Settings:
     An annotation has the type, the meaning and, for numbers, the least and the largest value.
     """
 
-    data: Annotated[tuple[Path, ...], "npz, or the course's two pickles, or their folder"] = (DATA,)
-    output: Annotated[Path, "folder for the results"] = HERE / "run_5"
+    data: Annotated[tuple[Path, ...], "npz, or codes and heights, or their folder"] = (DATA,)
+    output: Annotated[Path, "folder for results; with --predict: beside FILE"] = HERE / "run_5"
     features: Annotated[Literal["basis", "raw"], "features of the code's bases, or P"] = "basis"
     extra_codes: Annotated[int, "new training codes to make for each training row", 0, 1000] = 4
     test_codes: Annotated[int, "codes of each (k, m) group in the test set", 10, 10**6] = 2000
@@ -153,8 +153,61 @@ def make_sets(dataset: Dataset, settings: Settings) -> dict[str, Dataset]:
 # --- features -------------------------------------------------------------------------------------
 
 
+class OfMinors(layers.Layer):
+    """What follows from the maximal minors of G, computed for the codes of each k apart.
+
+    Called with k and m, integers of shape (batch, 1), and P_matrix, float64 of shape (batch, 20).
+    Returns what `of_minors` returns, (batch, WIDTH). The minors are float64: they reach 2.4e9, and
+    it matters whether one is 0 or 1.
+    """
+
+    WIDTH = 1
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs | {"dtype": "float64"})
+        self.supports_jit = False  # XLA cannot compile a number of rows that depends on k.
+
+    def call(self, k, m, P_matrix):
+        output = 0.0
+        for dimension in (4, 5, 6):
+            (rows,) = ops.nonzero(ops.equal(k[:, 0], dimension))
+            P, m_of_rows = ops.take(P_matrix, rows, axis=0), ops.take(m[:, 0], rows)
+            part = self.of_minors(self.minors(P, dimension), m_of_rows, dimension)
+            output += ops.scatter(rows[:, None], part, (ops.shape(k)[0], self.WIDTH))
+        return output
+
+    def minors(self, P, k: int):
+        """|det G_B| for the bases B of itertools.combinations, (bases, rows). P: (rows, 20)."""
+        r, take = N - k, partial(ops.take, axis=0)
+        entries = ops.transpose(ops.cast(P, "float64")[:, : k * r])
+        minors = heights.expand(entries, heights.minor_tables(k, r), -1, take)
+        minors = ops.concatenate([ops.ones_like(entries[:1]), *minors])
+        return ops.abs(take(minors, heights.minor_order(k, r)))
+
+    def of_minors(self, minors, m, k: int):
+        """The output, (rows, WIDTH), for codes of one k. minors: (bases, rows); m: (rows,)."""
+        raise NotImplementedError
+
+
 @keras.saving.register_keras_serializable("m_height")
-class BasisFeatures(layers.Layer):
+class MinimumDistance(OfMinors):
+    """The minimum distance d of the code, (batch, 1): the m-height is infinite for m >= d.
+
+    A codeword can be zero on all of a set S of coordinates exactly when S has no basis inside.
+    """
+
+    def of_minors(self, minors, m, k: int):
+        sets = [S for size in range(k, N) for S in combinations(range(N), size)]
+        bases = combinations(range(N), k)
+        inside = np.array([[{*basis} <= {*S} for S in sets] for basis in bases], dtype="float64")
+        bases_inside = ops.matmul(ops.cast(ops.transpose(minors) > 0, "float64"), inside)
+        outside = np.array([N - len(S) for S in sets], dtype="float64")
+        distances = ops.where(bases_inside > 0, N, outside)
+        return ops.min(distances, axis=1, keepdims=True, initial=N - k + 1)
+
+
+@keras.saving.register_keras_serializable("m_height")
+class BasisFeatures(OfMinors):
     """Two numbers for each basis (information set) B of the code: 252 features.
 
     A basis is a set of k coordinates with G_B invertible. For a coordinate a outside B let M[B, a]
@@ -171,34 +224,13 @@ class BasisFeatures(layers.Layer):
     order and signs of coordinates do not matter. How bases combine to a height is left to the
     network.
 
-    Called with k and m, integers of shape (batch, 1), and P_matrix, float64 of shape (batch, 20).
-    Returns float32 of shape (batch, 252). The minors of G, which give M by Cramer's rule (see
-    data/heights.py), are float64: they reach 2.4e9, and a minor of 1 can matter.
+    Returns float32 of shape (batch, 252). The minors give M by Cramer's rule (data/heights.py).
     """
 
     BASES, WIDTH, LIMIT = 126, 252, 6.0
 
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs | {"dtype": "float64"})
-        self.supports_jit = False  # XLA cannot compile a number of rows that depends on k.
-
-    def call(self, k, m, P_matrix):
-        features = 0.0
-        for dimension in (4, 5, 6):
-            (rows,) = ops.nonzero(ops.equal(k[:, 0], dimension))
-            P, m_of_rows = ops.take(P_matrix, rows, axis=0), ops.take(m[:, 0], rows)
-            part = self.of_dimension(P, m_of_rows, dimension)
-            features += ops.scatter(rows[:, None], part, (ops.shape(k)[0], self.WIDTH))
-        return features
-
-    def of_dimension(self, P, m, k: int):
-        """The features, float32 (rows, WIDTH), of codes of one k. P: (rows, 20), m: (rows,)."""
+    def of_minors(self, minors, m, k: int):
         r, bases, take = N - k, math.comb(N, k), partial(ops.take, axis=0)
-        entries = ops.transpose(ops.cast(P, "float64")[:, : k * r])
-        minors = heights.expand(entries, heights.minor_tables(k, r), -1, take)
-        minors = ops.concatenate([ops.ones_like(entries[:1]), *minors])
-        minors = ops.abs(take(minors, heights.minor_order(k, r)))  # |det G_B|, (bases, rows)
-
         basis, swapped = heights.cramer_table(N, k)
         above, below = sum(take(minors, row) for row in swapped), take(minors, basis)
         M = ops.log2(ops.maximum(ops.where(below > 0, above / below, 1.0), 1.0))
@@ -312,6 +344,14 @@ class FirstFeature(layers.Layer):
         return inputs[:, :1]
 
 
+@keras.saving.register_keras_serializable("m_height")
+class InfiniteFrom(layers.Layer):
+    """Heights, (batch, 1), but inf where m, (batch, 1), is the minimum distance or more."""
+
+    def call(self, height, m, distance):
+        return ops.where(ops.cast(m, distance.dtype) >= distance, np.inf, height)
+
+
 def dense_block(x, units: float, dropout: float = 0.0):
     """Dense with gelu, LayerNorm, Dropout."""
     x = layers.Dense(max(4, round(units)), activation="gelu")(x)
@@ -355,10 +395,16 @@ def build_network(features: np.ndarray, settings: Settings) -> keras.Model:
 
 
 def height_model(network: keras.Model, features: str) -> keras.Model:
-    """The model that is saved: inputs as feature_model has them, output heights, (batch, 1)."""
+    """The model that is saved: inputs as feature_model has them, output heights, (batch, 1).
+
+    Where a height is infinite by definition, the model says so whatever the network says.
+    """
     front = feature_model(features)
-    log_height = layers.Rescaling(math.log(2))(network([*front.inputs[:3], front.output]))
-    return keras.Model(front.inputs, layers.Activation("exponential")(log_height), name="run5")
+    n, k, m, P = front.inputs
+    log_height = layers.Rescaling(math.log(2))(network([n, k, m, front.output]))
+    height = layers.Activation("exponential")(log_height)
+    output = InfiniteFrom()(height, m, MinimumDistance()(k, m, P))
+    return keras.Model(front.inputs, output, name="run5")
 
 
 def load_trained(path: Path) -> keras.Model:
@@ -542,6 +588,7 @@ TIERS = {
     "hard": [(4, 5), (5, 4), (6, 3)],  # m = n - k: there the largest bound is the m-height.
     "all": list(GROUPS),
 }
+SAME_SETS = ("test_codes", "val_fraction")  # With the same dataset, test errors compare.
 TARGETS = {"easy": 0.15, "medium": 0.30, "hard": 1.20, "all": 0.35}  # The design's.
 
 REPORT = """\
@@ -580,7 +627,7 @@ run       {epochs_run} epochs, ended by {ended}; best epoch {best_epoch}; {secon
 seed {seed}{changed}
 sets      {sets}
 dataset   {dataset[file]}, {dataset[rows]:,} rows, {dataset[duplicates]:,} of them duplicates
-heights   {dataset[labels]}; {dataset[infinite]:,} rows of infinite height left out
+heights   {dataset[labels]}; {dataset[infinite]:,} infinite left out, {dataset[suspect]:,} suspect
 sha256    {dataset[sha256]}
 machine   {machine}, {finished}
 versions  {packages}
@@ -636,9 +683,10 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
     for short, other in (("vs R2", "Run 2"), ("vs R4", "Run 4")):
         design[short] = (design["Run 5"] / design[other] - 1).map("{:+.1%}".format)
     design["n"] = [*validation["n"], *(validation["n"].loc[x].sum() for x in TIERS.values())]
-    rows = rows[rows["dataset"] == results["dataset"]["sha256"]]
     settings = results["settings"]
     defaults = json.loads(json.dumps(asdict(Settings()), default=str))
+    same = [rows["dataset"] == results["dataset"]["sha256"]]
+    rows = rows[np.all(same + [rows[x] == settings[x] for x in SAME_SETS], axis=0)]
     changed = [x for x in defaults if x not in ("data", "output", "seed")]
     changed = [f"\n          {x} {settings[x]}" for x in changed if settings[x] != defaults[x]]
     decimals = {"float_format": lambda x: f"{x:.{4 if x < 10 else 3}f}"}
@@ -713,13 +761,17 @@ def plot_predictions(test_set: Dataset, predicted: np.ndarray, path: Path) -> No
 # --- prediction -----------------------------------------------------------------------------------
 
 
-def predict(inputs: Path, heights_file: Path | None, labels: str, model: Path, output: Path):
-    """Write a model's heights for the codes of a file, in their order, to a file in `output`.
+def predict(
+    inputs: Path, heights_file: Path | None, labels: str, model: Path, output: Path | None
+) -> None:
+    """Write a model's heights for the codes of a file, in their order, to a file in `output`, or
+    beside `inputs`.
 
     heights_file: true heights, to print the error of each group, or None. labels: see true_heights.
     Raises InputError for files that cannot be used.
     """
-    codes = files.read_codes(inputs)
+    inputs = files.in_folder(inputs, files.CODES_FILE)
+    codes, output = files.read_codes(inputs), output or inputs.parent
     if heights_file:
         true, origin = files.true_heights(codes, heights_file, labels)
     predicted = predict_all(load_trained(model), codes)[:, 0].astype(float)
@@ -728,9 +780,10 @@ def predict(inputs: Path, heights_file: Path | None, labels: str, model: Path, o
     written = output / f"{inputs.stem}_predicted{suffix}"
     files.write_heights(written, codes, predicted)
     print(f"{written}: {len(predicted):,} heights")
-    beyond = np.flatnonzero(~np.isfinite(predicted)).tolist()
-    if beyond:
-        print(f"{len(beyond):,} are too large for float32, written as inf: rows {one_line(beyond)}")
+    if infinite := np.flatnonzero(np.isinf(predicted)).tolist():
+        why = "by definition or beyond float32"
+        print(f"{len(infinite):,} of them are infinite, {why}: rows {one_line(infinite)}")
+    files.warn_of_suspects(written, codes, predicted)
     if heights_file:
         finite = np.isfinite(true)
         bound = predict_all(feature_model("basis"), codes)[:, 0]
@@ -748,13 +801,20 @@ load_once = lru_cache(load_trained)  # So that inference reads a model once.
 def inference(n: int, k: int, m: int, p_list: Iterable, model: Path = TRAINED) -> list[float]:
     """The m-heights that a trained model predicts, called as the course's evaluator calls it.
 
-    p_list: matrices P, arrays or nested lists of shape (k, n - k). Raises InputError, a ValueError,
-    where n, k, m are none of the trained groups or a matrix has another shape or is not finite.
+    p_list: matrices P, arrays or nested lists of shape (k, n - k). A height is inf where it is so
+    by definition. Raises InputError, a ValueError, where n, k, m are none of the trained groups or
+    a matrix has another shape or is not finite.
     """
+    if n != N:
+        advice = f'keep the keys of an evaluator that begin with "[{N},"'
+        raise InputError(f"n: found {n}, expected {N}: {advice}")
     rows = [[n, k, m, P] for P in p_list]
     if not rows:
         return []
-    return predict_all(load_once(model), files.codes_from_rows("p_list", rows))[:, 0].tolist()
+    codes = files.codes_from_rows("p_list", rows)
+    predicted = predict_all(load_once(model), codes)[:, 0]
+    files.warn_of_suspects("p_list", codes, predicted)
+    return predicted.tolist()
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -788,6 +848,8 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
     identity = asdict(settings) | {"data": dataset.about["sha256"]}
     del identity["output"], identity["epochs"]  # They may differ when a run is resumed.
     checkpoint = Checkpoint(work / "checkpoint.npz", identity)
+    if not checkpoint.history and (settings.output / "metrics.json").exists():
+        print(f"{settings.output}: has a finished run, which this new one will replace at its end")
 
     sets = make_sets(dataset, settings)
     counts = {name: len(data) for name, data in sets.items()}
@@ -892,7 +954,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if given.predict:
             model = given.model or TRAINED
-            predict(given.predict, given.heights, given.labels, model, settings.output)
+            output = settings.output if settings.output != Settings.output else None
+            predict(given.predict, given.heights, given.labels, model, output)
         else:
             run(settings, given.fresh, given.labels)
     except (InputError, OSError, MemoryError) as error:

@@ -4,14 +4,17 @@ Nothing in a file is executed, every row is checked, and what cannot be used is 
 that names the file and the row (from 0).
 """
 
+import gzip
 import hashlib
 import io
+import numbers
 import operator
 import os
 import pickle
 import pickletools
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,9 +31,12 @@ P_WIDTH = 20  # Entries of the largest P of the trained groups.
 LONGEST = 12  # Codes in files can be labelled up to this length.
 LABEL_TOLERANCE = 1e-4  # In log2: files may have been labelled by a numerical solver.
 COLUMNS = ("k", "m", "P", "height", "key", "low")  # The arrays that every dataset has.
+SUSPECT_HEIGHT = 1e9  # Far above the heights of real entries that were not rounded.
+CODES_FILE, HEIGHTS_FILE = "*n_k_m_P*", "*mHeights*"  # The course's names, whatever the suffix.
 CONVERT = (
     "save its columns by np.savez('codes.npz', k=k, m=m, P=P, height=height), see data/README.md"
 )
+ROW_OF_P = "k * (n - k) entries, then zeros; from a larger array take P[:k, :n - k].ravel()"
 
 
 class InputError(ValueError):
@@ -174,8 +180,13 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def _read_pickle(path: Path, content: bytes):
-    """The object in a pickle, arrays in it as _Array. Raises InputError where it is not plain."""
+    """The object in a pickle, which may be gzipped, arrays in it as _Array. Raises InputError where
+    it is not plain."""
+    if content.startswith(b"SQLite format 3"):
+        raise InputError(f"{path}: found an SQLite database, expected npz or pickle; {CONVERT}")
     try:
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
         for opcode, argument, _ in pickletools.genops(content):
             # The unpickler makes room for as many objects as the number of the last one says.
             if "PUT" in opcode.name and argument > len(content):
@@ -222,12 +233,58 @@ def _checked(source: Path | str, n, k, m, P: np.ndarray, trained: bool) -> Codes
     size, entries = np.abs(P), k * (n - k)
     after = np.arange(P.shape[1]) >= entries[:, None]
     good = (entries <= P.shape[1]) & (size == 0).all(axis=1, where=after)
-    _require(source, good, lambda i: "P of another size", "k * (n - k) entries, then zeros")
+    _require(source, good, lambda i: "P of another size", ROW_OF_P)
     good = ((size == 0) | (size >= REAL_ENTRY_MIN) & (size <= REAL_ENTRY_MAX)).all(axis=1)
     expected = f"finite ones, 0 or {REAL_ENTRY_MIN:g} to {REAL_ENTRY_MAX:g} in size"
     _require(source, good, lambda i: f"entries {one_line(P[i])}", expected)
     P = P[:, : max(P_WIDTH, entries.max())]
     return Codes(n, k, m, np.pad(P, ((0, 0), (0, max(0, P_WIDTH - P.shape[1])))))
+
+
+def in_folder(path: Path | str, pattern: str) -> Path:
+    """The path itself, or, of a folder, the one file whose name matches, else InputError."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = sorted(file for file in path.glob(pattern) if file.is_file())
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise InputError(f"{path}: found {names}, expected one file {pattern}; name the file")
+    return found[0]
+
+
+def _rows_of_dictionary(source: Path | str, dictionary: dict) -> list:
+    """Rows [n, k, m, item] from keys (n, k, m) or "[n, k, m]", in the order of the file.
+
+    A value is one item, P or a height, or a list of them. Raises InputError for anything else.
+    """
+    rows = []
+    for key, value in dictionary.items():
+        try:
+            n, k, m = map(int, re.findall(r"\d+", key) if isinstance(key, str) else key)
+            value = np.asarray(value) if isinstance(value, _Array) else value
+            items = [value] if np.shape(value) in ((), (k, n - k)) else value
+        except (TypeError, ValueError):
+            expected = "expected keys (n, k, m), each with one matrix or height or a list of them"
+            found = f"found the key {one_line(key)} with {one_line(value)}"
+            raise InputError(f"{source}: {found}, {expected}") from None
+        rows += [[n, k, m, item] for item in items]
+    return rows
+
+
+def _advice(n: int, k: int, P, array: np.ndarray) -> str:
+    """What to do about a P, and the array of it, that is not k by n - k numbers; else ""."""
+    for place, entry in enumerate(np.asarray(P, dtype=object).flat):
+        if isinstance(entry, bool) or not isinstance(entry, numbers.Real):
+            row = place // np.shape(P)[-1]
+            return f"; in row {row} of P there is {one_line(entry)}"
+    if array.shape == (n - k,):
+        return "; this looks like one row of P, a list of one matrix is [P]"
+    if array.shape == (k, n) and (array[:, :k] == np.eye(k)).all():
+        return "; this is G = [I | P], whose P is G[:, k:]"
+    if array.ndim == 2 and not (array[k:].any() or array[:, n - k :].any()):
+        return "; this looks like P padded with zeros, take P[:k, :n - k]"
+    return ""
 
 
 def codes_from_rows(source: Path | str, rows: Sequence, trained: bool = True) -> Codes:
@@ -237,22 +294,27 @@ def codes_from_rows(source: Path | str, rows: Sequence, trained: bool = True) ->
     trained: whether n and (k, m) have to be those of the trained groups. Raises InputError, with
     `source` and the row, for anything else, and for entries that are not finite or out of range.
     """
-    numbers, matrices = np.zeros((len(rows), 3), dtype=np.int64), []
+    sizes, matrices = np.zeros((len(rows), 3), dtype=np.int64), []
     for i, row in enumerate(rows):
+        advice = ""
         try:
             n, k, m = map(operator.index, row[:3])
             (P,) = map(np.asarray, row[3:])
-            numbers[i] = n, k, m
+            sizes[i] = n, k, m
             if P.dtype.kind not in "iuf" or P.shape not in ((k, n - k), (k * (n - k),)):
+                advice = _advice(n, k, row[3], P)
                 raise ValueError
         except (TypeError, ValueError, OverflowError, KeyError):
+            if isinstance(row, dict):
+                advice = f"; {CONVERT}"
             expected = "expected [n, k, m, P], integers and a matrix of numbers of shape (k, n - k)"
-            raise InputError(f"{source}: row {i}: found {one_line(row)}, {expected}") from None
+            found = f"row {i}: found {one_line(row)}"
+            raise InputError(f"{source}: {found}, {expected}{advice}") from None
         matrices.append(P.ravel())
     P = np.zeros((len(rows), max([P_WIDTH, *map(len, matrices)])))
     for padded, matrix in zip(P, matrices, strict=True):
         padded[: len(matrix)] = matrix
-    return _checked(source, *numbers.T, P, trained)
+    return _checked(source, *sizes.T, P, trained)
 
 
 def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -268,31 +330,39 @@ def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> dict[str, np.
         shape = (arrays[names[0]].size, *(array.shape[-1:] if name == "P" else ()))
         if array.shape != shape or array.dtype.kind not in "iuf":
             found = f"array {name} of {array.dtype} and shape {array.shape}"
-            raise InputError(f"{path}: {found}, expected numbers of shape {shape}")
+            row = f", a row with {ROW_OF_P}" if name == "P" else ""
+            raise InputError(f"{path}: {found}, expected numbers of shape {shape}{row}")
     return arrays
 
 
 def read_codes(path: Path | str, trained: bool = True) -> Codes:
-    """Codes from an npz file with k, m, P, and n where it is not N, or from a pickled list of
-    [n, k, m, P]. Arguments and errors are those of codes_from_rows; OSError for a missing file."""
-    path, content = Path(path), Path(path).read_bytes()
+    """Codes from an npz file with k, m, P, and n where it is not N; from a pickled list of
+    [n, k, m, P] or dictionary with keys (n, k, m); or from the folder of a course file. Arguments
+    and errors are those of codes_from_rows; OSError for a missing file."""
+    path = in_folder(path, CODES_FILE)
+    content = path.read_bytes()
     if content.startswith(b"PK"):
         arrays = _read_npz(path, content, ("k", "m", "P"))
         n = arrays.get("n", np.full(len(arrays["k"]), N))
         return _checked(path, n, arrays["k"], arrays["m"], arrays["P"], trained)
     rows = _read_pickle(path, content)
+    if isinstance(rows, dict):
+        rows = _rows_of_dictionary(path, rows)
     if not isinstance(rows, list | tuple):
         raise InputError(f"{path}: holds {one_line(rows)}, expected a list of [n, k, m, P]")
     return codes_from_rows(path, rows, trained)
 
 
-def read_heights(path: Path | str) -> np.ndarray:
-    """Heights, float64 (rows,), from npz (array height), csv (column height) or a pickled list.
+def read_heights(path: Path | str, codes: Codes | None = None) -> np.ndarray:
+    """Heights, float64 (rows,), from npz (array height), csv (column height), a pickled list, a
+    pickled dictionary with keys (n, k, m), or the folder of a course file.
 
-    A height may be infinite. Raises InputError, with the row, for a file that holds something else
-    and for a height that is not a number or below 1; OSError for a missing file.
+    codes: where they are given, there must be a height for each, and a dictionary's are brought to
+    their order. A height may be infinite. Raises InputError, with the row, for a file that holds
+    something else and for a height that is not a number or below 1; OSError for a missing file.
     """
-    path, content = Path(path), Path(path).read_bytes()
+    path = in_folder(path, HEIGHTS_FILE)
+    content, keys = path.read_bytes(), None
     if content.startswith(b"PK"):
         values = _read_npz(path, content, ("height",))["height"]
     elif path.suffix != ".csv":
@@ -301,14 +371,46 @@ def read_heights(path: Path | str) -> np.ndarray:
     try:
         if path.suffix == ".csv":
             values = pd.read_csv(io.BytesIO(content), usecols=["height"])["height"]
+        elif isinstance(values, dict):
+            rows = _rows_of_dictionary(path, values)
+            keys, values = [row[:3] for row in rows], [row[3] for row in rows]
         elif not isinstance(values, list | tuple | np.ndarray):
             raise TypeError(f"it holds {one_line(values)}")
         values = pd.Series(values, dtype=object)
-        heights = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64)
+        heights = np.array(pd.to_numeric(values, errors="coerce"), dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: expected a list of heights: {one_line(error)}") from None
     _require(path, heights >= 1, lambda i: f"height {one_line(values[i])}", "a number of 1 or more")
+    if codes is None:
+        return heights
+    if len(heights) != len(codes.k):
+        raise InputError(f"{path}: found {len(heights)} heights, expected {len(codes.k)}")
+    if keys:
+        of_codes = np.stack(codes[:3], axis=1)
+        order, order_of_codes = np.lexsort(np.transpose(keys)), np.lexsort(codes[:3])
+        if not np.array_equal(np.array(keys)[order], of_codes[order_of_codes]):
+            raise InputError(f"{path}: found other keys or counts of them, expected the codes'")
+        heights[order_of_codes] = heights[order]
     return heights
+
+
+def are_equal(heights: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Whether heights are the exact ones, bool (rows,), to a small tolerance where finite."""
+    with np.errstate(invalid="ignore"):  # The difference of two infinite ones is NaN.
+        near = np.abs(np.log2(exact) - np.log2(heights)) <= LABEL_TOLERANCE
+    return near | (exact == heights)
+
+
+def warn_of_suspects(source: Path | str, codes: Codes, heights: np.ndarray) -> int:
+    """Print a warning on heights that are finite only, as it seems, since entries of P were
+    rounded; returns their number. heights: (rows,)."""
+    real = (np.rint(codes.P) != codes.P).any(axis=1)
+    rows = np.flatnonzero(real & np.isfinite(heights) & (heights > SUSPECT_HEIGHT)).tolist()
+    if rows:
+        found = f"{len(rows)} suspect heights above {SUSPECT_HEIGHT:g}, rows {one_line(rows)}"
+        why = "where entries of P were rounded, the height of the code itself can be infinite"
+        print(f"{source}: {found}: {why}", file=sys.stderr)
+    return len(rows)
 
 
 def true_heights(codes: Codes, path: Path, labels: str = "check") -> tuple[np.ndarray, str]:
@@ -318,51 +420,41 @@ def true_heights(codes: Codes, path: Path, labels: str = "check") -> tuple[np.nd
     heights instead. Raises InputError unless the file has a height for each code, and, for "check",
     at the first one that is wrong.
     """
-    heights = read_heights(path)
-    if len(heights) != len(codes.k):
-        raise InputError(f"{path}: found {len(heights)} heights, expected {len(codes.k)}")
+    heights = read_heights(path, codes)
     if labels == "trust":
         return heights, "as in the file, not checked"
     exact = exact_heights(codes)
-    with np.errstate(invalid="ignore"):  # Two infinite heights are equal; their difference is NaN.
-        near = np.abs(np.log2(exact) - np.log2(heights)) <= LABEL_TOLERANCE
-    same = near | (exact == heights)
+    same = are_equal(heights, exact)
     wrong = f"{(~same).sum():,} of {len(same):,} heights"
     if labels == "relabel":
         return exact, f"exact ones in place of the file's, where {wrong} were wrong"
-    way_on = f"{wrong} are wrong; --labels relabel takes exact ones, --labels trust keeps these"
+    way_on = "--labels relabel takes exact ones and leaves rows of infinite height out"
+    way_on = f"{wrong} are wrong; {way_on}, --labels trust keeps these"
     expected = f"{exact[np.argmin(same)]:.8g} ({way_on})"
     _require(path, same, lambda i: f"height {heights[i]:.10g}", expected)
     return heights, "as in the file, all of them checked"
 
 
 def load_dataset(*paths: Path | str, labels: str = "check") -> Dataset:
-    """Read a dataset: one npz file, the course's two pickles, or the folder that holds these.
+    """Read a dataset: one npz file, a file of codes and one of heights, or the folder of both.
 
     labels: see true_heights. Rows of infinite height are left out and counted. Raises InputError as
     read_codes, read_heights and true_heights do, and when all heights are infinite; OSError for a
     missing file.
     """
-    files = [Path(path) for path in paths]
-    if len(files) == 1 and files[0].is_dir():
-        folder, files = files[0], []
-        for pattern in ("*n_k_m_P*.pkl", "*mHeights*.pkl"):
-            found = sorted(folder.glob(pattern))
-            if len(found) != 1:
-                problem = f"found {len(found)} files {pattern}, expected 1"
-                raise InputError(f"{folder}: {problem}; name the two files instead")
-            files += found
-    if len(files) not in (1, 2):
-        raise InputError(f"found {len(files)} paths to a dataset, expected 1 or 2")
+    if len(paths) not in (1, 2):
+        raise InputError(f"found {len(paths)} paths to a dataset, expected 1 or 2")
+    files = [in_folder(paths[0], CODES_FILE), in_folder(paths[-1], HEIGHTS_FILE)]
     codes = read_codes(files[0])
-    height, origin = true_heights(codes, files[-1], labels)
-    finite = np.isfinite(height)
+    height, origin = true_heights(codes, files[1], labels)
+    suspect, finite = warn_of_suspects(files[1], codes, height), np.isfinite(height)
     if not finite.any():
-        raise InputError(f"{files[-1]}: found infinite heights alone, expected finite ones")
+        raise InputError(f"{files[1]}: found infinite heights alone, expected finite ones")
     k, m, P, height = (column[finite] for column in (*codes[1:], height))
     key = np.empty(len(height), dtype="S32")
     for dimension in np.unique(k):
         key[k == dimension] = code_keys(unflatten(P[k == dimension], dimension))
+    files = dict.fromkeys(files)  # An npz has both.
     sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     about = {
         "file": " + ".join(file.name for file in files),
@@ -370,6 +462,7 @@ def load_dataset(*paths: Path | str, labels: str = "check") -> Dataset:
         "rows": len(height),
         "duplicates": int(pd.DataFrame({"key": key, "m": m}).duplicated().sum()),
         "infinite": int((~finite).sum()),
+        "suspect": suspect,
         "labels": origin,
     }
     return Dataset(k, m, P, height, key, np.zeros(len(height), dtype=bool), about=about)

@@ -216,10 +216,10 @@ def _basis_norms(D: np.ndarray, n: int, k: int) -> np.ndarray:
     return norms
 
 
-def m_heights(P: np.ndarray, ms: Sequence[int]) -> np.ndarray:
+def m_heights(P: np.ndarray, ms: int | Sequence[int]) -> np.ndarray:
     """Exact m-heights of the codes G = [I_k | P], by the max-min form at the head of this file.
 
-    P: shape (batch, k, n - k), integer or real. ms: the values of m, each from 1 to n - k. Returns
+    P: shape (batch, k, n - k), integer or real. ms: one or more m, each from 1 to n - k. Returns
     float64 of shape (batch, len(ms)): h_m >= 1, and inf where a non-zero codeword has at most m
     non-zero coordinates. By Cramer's rule M[B, a] = sum over j in B of |D(B - j + a)| / |D(B)|,
     with D the maximal minors. Raises ValueError for another shape of P, entries that are not
@@ -227,7 +227,7 @@ def m_heights(P: np.ndarray, ms: Sequence[int]) -> np.ndarray:
     """
     P = _check_matrices(P)
     _, k, r = P.shape
-    n = k + r
+    n, ms = k + r, np.atleast_1d(ms).tolist()
     for m in ms:
         if not 1 <= m <= r:
             raise ValueError(f"m: found {m}, expected 1 to n - k = {r}")

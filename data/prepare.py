@@ -22,14 +22,20 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.dataset import (
+    CODES_FILE,
     Codes,
     Dataset,
     InputError,
+    are_equal,
     codes_from_rows,
     exact_heights,
     flatten,
+    in_folder,
     load_dataset,
+    one_line,
     read_codes,
+    read_heights,
+    warn_of_suspects,
     write_heights,
 )
 from data.heights import GROUPS, N, code_keys, m_heights
@@ -171,12 +177,18 @@ def make_file(codes: Codes, heights: np.ndarray, output: Path) -> None:
 # --- labels of a file -----------------------------------------------------------------------------
 
 
-def label_file(inputs: Path, output: Path) -> None:
+def label_file(inputs: Path, heights_file: Path | None, output: Path) -> None:
     """Write the exact heights of the codes in a file, in their order, by all cores.
 
-    Raises InputError for a file that cannot be used, and when a process is killed.
+    heights_file: heights to compare with them, or None. Raises InputError for a file that cannot be
+    used, and when a process is killed.
     """
     codes = read_codes(inputs, trained=False)
+    for path in (in_folder(inputs, CODES_FILE), heights_file):
+        if path and output.exists() and output.samefile(path):
+            raise InputError(f"{output}: is an input, expected another name")
+    if heights_file:
+        claimed = read_heights(heights_file, codes)
     blocks, work = [], []
     table = pd.DataFrame({"n": codes.n, "k": codes.k, "m": codes.m})
     for (n, k, m), rows in table.groupby(["n", "k", "m"]).indices.items():
@@ -198,6 +210,11 @@ def label_file(inputs: Path, output: Path) -> None:
         print(f"{rows_done:,} of {len(heights):,} codes, about {left} left", flush=True)
     write_heights(output, codes, heights)
     print(f"{output}: {len(heights):,} heights, {np.isinf(heights).sum():,} of them infinite")
+    warn_of_suspects(output, codes, heights)
+    if heights_file:
+        wrong = np.flatnonzero(~are_equal(claimed, heights)).tolist()
+        rows = f": rows {one_line(wrong)}" if wrong else ""
+        print(f"{heights_file}: {len(wrong):,} of {len(heights):,} heights are wrong{rows}")
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -211,9 +228,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="example: python data/prepare.py --label codes.pkl --output heights.pkl",
     )
     add = parser.add_argument
-    add("--label", type=Path, metavar="INPUTS", help="codes: npz or a pickle of [n, k, m, P]")
+    add("--label", type=Path, metavar="INPUTS", help="codes: npz, pickle, or their folder")
     about = "make codes of very small height, not for training (default output: data/very_low.npz)"
     add("--very-low", action="store_true", help=about)
+    add("--heights", type=Path, metavar="FILE", help="with --label: heights to compare")
     about = "dataset (default: data/augmented.npz), or heights: .csv, .npz, else a pickle"
     add("--output", type=Path, help=about)
     about = "of each (k, m) group of the dataset (default: %(default)s)"
@@ -222,13 +240,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     if given.rows < 1 or given.seed < 0:
         parser.error("--rows, --seed: expected 1 or more rows, and a seed of 0 or more")
-    if given.label and not given.output:
-        parser.error("--label: expected --output HEIGHTS beside it")
+    if (given.label and not given.output) or (given.heights and not given.label):
+        parser.error("--label, --heights: expected --label INPUTS and --output HEIGHTS beside it")
     output = given.output = given.output or (VERY_LOW if given.very_low else DATASET)
     if output.is_dir() or not output.parent.is_dir():
         parser.error(f"--output: {output} is not a file name in an existing folder")
-    if given.label and output.exists() and given.label.exists() and output.samefile(given.label):
-        parser.error(f"--output: {output} is the file to be labelled, expected another name")
     if not given.label and output.suffix != ".npz":
         parser.error(f"--output: found {output}, expected a name that ends in .npz")
     return given
@@ -239,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parse_arguments(argv)
     try:
         if given.label:
-            label_file(given.label, given.output)
+            label_file(given.label, given.heights, given.output)
         elif given.very_low:
             codes = very_low_codes()
             make_file(codes, exact_heights(codes), given.output)

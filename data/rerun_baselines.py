@@ -20,7 +20,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,7 +34,8 @@ from keras import callbacks, layers
 
 from data.dataset import P_WIDTH, Dataset, InputError, load_dataset, replacing
 
-SAME = ["run", "source", "dataset", "seed"]  # What rows have in common that replace each other.
+# What rows have in common that replace each other.
+SAME = ["run", "source", "seed", "dataset", *run5.SAME_SETS]
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def train_run(run: str, dataset: Dataset, settings: run5.Settings, work: Path) -
         "ended": "early stopping" if complete else f"--epochs {epochs}",
         "parameters": network.count_params(),
         "times": {"seconds": checkpoint.seconds},
-        "settings": {"seed": settings.seed},
+        "settings": asdict(settings),
         "dataset": dataset.about,
     }
 
@@ -187,14 +188,15 @@ def rows_of(run: str, results: dict) -> pd.DataFrame:
         parameters=results["parameters"],
         seconds=round(results["times"]["seconds"]),
         backend="tensorflow",
-        seed=results["settings"]["seed"],
         dataset=results["dataset"]["sha256"],
+        **{x: results["settings"][x] for x in ("seed", *run5.SAME_SETS)},
     )
 
 
 def write_rows(table: pd.DataFrame, path: Path) -> None:
-    """Put a run's rows in the csv, in place of those that it has for the same dataset and seed."""
-    kept = pd.read_csv(path, dtype=str, keep_default_na=False)
+    """Put a run's rows in the csv, in place of those that it has for the same sets and seed. A new
+    one begins with the rows of data/baselines.csv."""
+    kept = pd.read_csv(path if path.exists() else run5.BASELINES, dtype=str, keep_default_na=False)
     table = table.astype(str)
     others = (kept[SAME] != table[SAME].iloc[0]).any(axis=1)
     both = pd.concat([kept[others], table], ignore_index=True)[kept.columns]
@@ -215,27 +217,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--add", nargs=2, metavar=("NAME", "FOLDER"), help="only add the rows of a finished run")
     add("--data", type=Path, nargs="+", default=default.data, help="as in train_model_v5.py")
     add("--output", type=Path, default=default.output / "unfinished_baselines", help="their state")
-    add("--csv", type=Path, default=run5.BASELINES, help="where the rows go")
+    about = "where the rows go (default: data/baselines.csv; own data: baselines.csv in --output)"
+    add("--csv", type=Path, help=about)
     add("--epochs", type=run5.number(int, 1, 10**6), default=default.epochs, help="at most")
     add("--seed", type=run5.number(int, 0, 2**32 - 1), default=default.seed, help="of everything")
     given = parser.parse_args(argv)
     settings = replace(default, epochs=given.epochs, seed=given.seed)
+    own = given.data != default.data
+    csv = given.csv or (given.output / "baselines.csv" if own else run5.BASELINES)
     try:
-        if not given.csv.is_file():
-            raise InputError(f"{given.csv}: no such file, expected one with the published figures")
+        run5.read_baselines(csv if csv.exists() or given.csv else run5.BASELINES)
         if given.add:
             path = Path(given.add[1]) / "metrics.json"
             try:
                 rows = rows_of(given.add[0], json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path}: is not of a finished run: {error!r}") from None
-            write_rows(rows, given.csv)
+            write_rows(rows, csv)
             return 0
         dataset = load_dataset(*given.data)
+        given.output.mkdir(parents=True, exist_ok=True)
         for run in given.runs:
             work = given.output / f"{run}-{given.seed}"
             results = train_run(run, dataset, settings, work)
-            write_rows(rows_of(run.replace("run", "Run "), results), given.csv)
+            write_rows(rows_of(run.replace("run", "Run "), results), csv)
+            print(f"{run}: the rows are in {csv}")
             shutil.rmtree(work, ignore_errors=True)
     except (InputError, OSError) as error:
         print(f"rerun_baselines.py: {error}", file=sys.stderr)

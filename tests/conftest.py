@@ -77,6 +77,7 @@ def short_search(monkeypatch):
     from data import matrices
 
     monkeypatch.setattr(matrices, "SEARCH_ROUNDS", (1, 5))
+    monkeypatch.setattr(matrices, "VERY_LOW_ROUNDS", (1, 5))
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """data/augmented.npz and what makes it, npz files of others, and the split."""
 
+import joblib
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT, write_dataset
 from hypothesis import given
@@ -107,6 +109,41 @@ def test_a_tenth_of_each_group_is_low_and_known_codes_are_left_out():
     assert (np.median(log2[:, 180:], axis=1) < np.median(log2, axis=1) - 0.5).all()
     other = prepare.make_dataset(200, seed=3, known=made.key)
     assert len(np.unique([made.key, other.key])) == 2 * len(made) == 3600
+
+
+def test_some_extra_codes_are_of_very_small_height(short_search):
+    made = prepare.make_extra_codes(200, 3, ())
+    assert not set(made.key) & set(load_dataset(prepare.VERY_LOW).key)
+    log2 = made.log2_height.reshape(9, 200)[[m < N - k for k, m in GROUPS]]
+    random, _, very_low = (np.median(x, axis=1) for x in np.split(log2, [164, 184], axis=1))
+    assert (very_low < random - 1).all()
+
+
+@pytest.mark.slow
+def test_extra_codes_are_the_same_on_one_core_and_on_two(monkeypatch):
+    made = []
+    for cores in (1, 2):
+        monkeypatch.setattr(joblib, "cpu_count", lambda cores=cores: cores)
+        made.append(prepare.make_extra_codes(1001, 3, ()))
+    np.testing.assert_array_equal(made[0].key, made[1].key)
+
+
+def test_codes_for_the_accuracy_at_very_small_heights_are_not_those_of_the_dataset(shipped):
+    very_low = load_dataset(prepare.VERY_LOW)
+    known = pd.read_csv(prepare.KNOWN_HEIGHTS)["height"][:9].tolist()
+    assert very_low.height[:9].tolist() == known
+    rest = very_low.take(np.arange(9, len(very_low)))
+    assert not set(rest.key) & set(shipped.key) and np.bincount(rest.group).max() == 100
+    for i in range(9):
+        usual = np.quantile(shipped.height[shipped.group == i], 0.01)
+        assert np.median(rest.height[rest.group == i]) < usual
+
+
+@pytest.mark.slow
+def test_the_shipped_codes_of_very_small_height_are_what_prepare_makes(tmp_path):
+    assert prepare.main(["--very-low", "--output", str(tmp_path / "again.npz")]) == 0
+    again, shipped = (load_dataset(x) for x in (tmp_path / "again.npz", prepare.VERY_LOW))
+    np.testing.assert_array_equal(again.P, shipped.P)
 
 
 @given(seed=st.integers(0, 2**32 - 1), k=st.sampled_from([4, 5, 6]), real=st.booleans())

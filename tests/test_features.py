@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import train_model_v5 as run5
+from data import prepare
 from data.dataset import Codes, exact_heights, flatten
 from data.heights import GROUPS, N, m_heights, minors
 from data.matrices import random_matrices
-from data.prepare import make_dataset
 
 LIMIT = 6  # Of the features that are relative to the largest bound, the first feature.
 
@@ -83,6 +83,16 @@ def test_the_bound_is_below_the_height_and_equal_to_it_where_m_is_n_minus_k(k, m
     assert (below >= -1e-5).all() and (below > 0.01).any() == (m < N - k)
 
 
+@pytest.mark.parametrize("k", [4, 5, 6])
+@pytest.mark.parametrize("largest", [0, 1, 2, 8])
+def test_heights_are_infinite_from_the_minimum_distance_on(k, largest):
+    P = np.random.default_rng(k).integers(-largest, largest + 1, (200, k, N - k))
+    infinite = np.isinf(m_heights(P, range(1, N - k + 1)))
+    column = np.full((200, 1), k)
+    distance = run5.MinimumDistance()(column, column, flatten(P).astype(float))
+    np.testing.assert_array_equal(np.arange(1, N - k + 1) >= distance, infinite)
+
+
 @pytest.mark.parametrize(("k", "m"), GROUPS)
 def test_every_systematic_form_of_a_code_has_the_same_features(k, m):
     rng = np.random.default_rng(k)
@@ -126,12 +136,15 @@ def test_the_three_sets_have_exact_heights_and_share_no_code(small, short_search
     np.testing.assert_array_equal(without["training"].P, sets["training"].P[:306])
 
 
-@pytest.mark.parametrize("seed", [run5.TEST_SEED, [5, 1]], ids=["test set", "extra codes"])
-def test_codes_of_the_dataset_are_not_made_again_or_found(seed, short_search, monkeypatch):
-    dataset = make_dataset(100, seed)  # By the seed of the codes that have to differ from it.
+@pytest.mark.parametrize(
+    ("name", "seed"), [("make_dataset", run5.TEST_SEED), ("make_extra_codes", 5)]
+)
+def test_codes_of_the_dataset_are_not_made_again_or_found(name, seed, short_search, monkeypatch):
+    make = getattr(prepare, name)
+    dataset = make(100, seed, ())  # By the seed of the codes that have to differ from it.
     settings = run5.Settings(extra_codes=1, seed=5, test_codes=100)
     run5.make_sets(dataset, settings)
-    monkeypatch.setattr(run5, "make_dataset", lambda rows, seed, known: make_dataset(rows, seed))
+    monkeypatch.setattr(run5, name, lambda rows, seed, known: make(rows, seed, ()))
     with pytest.raises(RuntimeError, match="codes are in the"):
         run5.make_sets(dataset, settings)
 

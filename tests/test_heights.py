@@ -1,10 +1,12 @@
 """The exact heights against the definition, their invariances and the course's own labels."""
 
+import json
 import timeit
 from fractions import Fraction
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import COURSE_SAMPLE
 from hypothesis import given
@@ -13,6 +15,7 @@ from scipy.optimize import linprog
 
 from data.dataset import load_dataset
 from data.heights import GROUPS, N, m_heights, minors
+from data.prepare import KNOWN_HEIGHTS
 
 
 def generator_matrix(P):
@@ -49,6 +52,16 @@ def test_heights_are_those_of_the_lp_definition(n, k, m, largest):
     assert m_heights(P, [m])[0, 0] == pytest.approx(height_by_lp(P[0], m), rel=1e-9)
 
 
+def test_heights_are_the_published_ones():
+    """The smallest known, of n = 9 and 10, and closed forms and tables of the theory."""
+    table = pd.read_csv(KNOWN_HEIGHTS)
+    assert len(table) == 74 and table["source"].nunique() > 10
+    for source, n, k, m, height, P in table.itertuples(index=False):
+        P = np.array(json.loads(P), dtype=float)
+        assert P.shape == (k, n - k)
+        assert m_heights(P[None], m)[0, 0] == pytest.approx(height, rel=1e-7), source
+
+
 @pytest.mark.parametrize("k", [4, 5, 6])
 def test_for_m_equal_to_n_minus_k_the_height_is_the_largest_row_sum_over_bases(k):
     P = np.random.default_rng(k).integers(-50, 51, (20, k, N - k))
@@ -72,6 +85,7 @@ def test_known_heights():
 def test_every_m_at_once_is_each_m_alone_in_any_order():
     P = np.random.default_rng(0).integers(-8, 9, (300, 4, 5))
     together = m_heights(P, [5, 2, 4, 3, 2])
+    np.testing.assert_array_equal(m_heights(P, 4), together[:, [2]])
     for column, m in enumerate([5, 2, 4, 3, 2]):
         np.testing.assert_array_equal(together[:, column], m_heights(P, [m])[:, 0])
     assert m_heights(P[:0], [2]).shape == (0, 1)

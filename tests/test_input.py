@@ -1,5 +1,7 @@
 """Files from users and strangers: course files, hostile and torn ones, exact labels, prediction."""
 
+import contextlib
+import gzip
 import io
 import os
 import pickle
@@ -86,9 +88,107 @@ def test_a_folder_is_searched_for_the_usual_names_and_duplicates_are_counted(cou
     dump(course[1], [*small.height, *small.height[:25]])
     about = load_dataset(course[0].parent).about
     assert about["duplicates"] == 25 and all(path.name in about["file"] for path in course)
-    course[1].with_name("DS-2-Training-mHeights.pkl").touch()
-    with pytest.raises(InputError, match="course: found 2 files"):
+    course[1].with_name("DS-2-mHeights.pickle").touch()
+    with pytest.raises(InputError, match=r"course: found DS-1.*pkl, DS-2-mHeights\.pickle, "):
         load_dataset(course[0].parent)
+
+
+def test_a_folder_is_taken_for_its_files_of_the_usual_names_whatever_their_suffix(
+    tmp_path, course, small, call, eager
+):
+    folder = course[0].parent
+    course[0].rename(folder / "HW-4-n_k_m_P"), course[1].rename(folder / "HW-4-mHeights")
+    np.testing.assert_array_equal(load_dataset(folder).height, small.height)
+    assert run5.main(["--predict", str(folder), "--heights", str(folder)]) == 0
+    predicted = folder / "HW-4-n_k_m_P_predicted.pkl"  # Beside the input.
+    assert read_heights(predicted).shape == (360,)
+    predicted.unlink()
+    call(prepare.main, "--label", folder, output="exact.csv")
+    np.testing.assert_array_equal(read_heights(tmp_path / "exact.csv"), small.height)
+    error = call(prepare.main, "--label", tmp_path / "course" / "..", status=2)
+    assert "found none, expected one file *n_k_m_P*" in error
+
+
+@pytest.mark.parametrize("key", [lambda *x: x, lambda *x: str([*x]), "[{},{},{}]".format])
+@pytest.mark.parametrize("single", [True, False])
+def test_submissions_of_the_course_are_checked(tmp_path, rows, small, call, key, single):
+    chosen = rows[::40] if single else rows
+    chosen, heights = [[10, 4, 2, np.ones((4, 6))], *chosen], [np.inf, *small.height[::40]]
+    heights = heights if single else [np.inf, *small.height]
+    codes, labels = {}, {}
+    for (*numbers, matrix), height in zip(chosen, heights, strict=True):
+        codes.setdefault(key(*numbers), []).append(matrix)
+        labels.setdefault(key(*numbers), []).append(float(height))
+    labels[key(9, 5, 3)][0] *= 1.1
+    labels = dict(reversed(labels.items()))  # Heights belong to keys, whatever their order.
+    if single:
+        codes, labels = ({name: x[0] for name, x in y.items()} for y in (codes, labels))
+    dump(tmp_path / "codes.pkl", codes), dump(tmp_path / "heights.pkl", labels)
+    arguments = ["--label", tmp_path / "codes.pkl", "--heights", tmp_path / "heights.pkl"]
+    out = call(prepare.main, *arguments, output="exact.csv")
+    wrong = [row[:3] for row in chosen].index([9, 5, 3])
+    assert f"heights.pkl: 1 of {len(chosen)} heights are wrong: rows [{wrong}]" in out
+    exact = read_heights(tmp_path / "exact.csv")
+    np.testing.assert_array_equal(exact, heights)  # In the order of the codes.
+    labels.pop(key(9, 4, 2))
+    dump(tmp_path / "heights.pkl", labels)
+    assert "heights.pkl: found" in call(prepare.main, *arguments, status=2)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([[9, 5, 2, np.pad(P.reshape(5, 4), ((0, 1), (0, 1)))]], r"padded .*P\[:k, :n - k\]"),
+        ([[9, 4, 2, np.pad(P, ((0, 1), (0, 0)))]], r"padded .*P\[:k, :n - k\]"),
+        ([[9, 4, 2, np.hstack([np.eye(4), P])]], r"G = \[I \| P\].*G\[:, k:\]"),
+        ([[9, 4, 2, [[1] * 5, [1, 2, "x", 4, 5], [1] * 5, [1] * 5]]], "row 1 of P .*'x'"),
+        (npz(k=[4], m=[2], P=np.pad(P, ((0, 2), (0, 0)))[None]), r"P\[:k, :n - k\]"),
+        (
+            npz(
+                k=[5], m=[2], P=np.pad(P.reshape(1, 5, 4), ((0, 0), (0, 1), (0, 1))).reshape(1, -1)
+            ),
+            r"row 0: .*P\[:k, :n - k\]",
+        ),
+        (b"SQLite format 3\0 and more", "SQLite .*README"),
+        ([{"n": 9, "k": 4, "m": 2, "P_matrix": P, "m_heights": 2.0}], "P_matrix.*README"),
+        ({(9, 4): P}, r"the key \(9, 4\)"),
+        ({(9, 4, 2): 7}, "row 0: found"),
+        (gzip.compress(b"damaged"), "cannot be read"),
+    ],
+)
+def test_what_people_bring_is_named_and_they_are_told_what_to_do(tmp_path, value, expected):
+    with pytest.raises(InputError, match=f"file: .*{expected}") as error:
+        read_codes(dump(tmp_path / "file", value))
+    assert "\n" not in str(error.value)
+
+
+def test_a_gzipped_pickle_is_read(tmp_path, rows, small):
+    codes, labels = (gzip.compress(pickle.dumps(x)) for x in (rows, small.height.tolist()))
+    read = load_dataset(dump(tmp_path / "codes.gz", codes), dump(tmp_path / "heights.gz", labels))
+    np.testing.assert_array_equal(read.P, small.P)
+
+
+def test_heights_that_rounding_made_finite_are_said_to_be_suspect(tmp_path, rows, small, call):
+    """Integer codes of infinite height, by a float solver in another systematic form."""
+    rng = np.random.default_rng(0)
+    P = rng.integers(-2, 3, (600, 4, 5))
+    G = np.concatenate([np.broadcast_to(np.eye(4), (600, 4, 4)), P], axis=2)
+    G = G[np.isinf(m_heights(G[:, :, 4:], 4)[:, 0]) & (np.linalg.det(G[:, :, [0, 4, 5, 6]]) != 0)]
+    form = np.linalg.solve(G[:, :, [0, 4, 5, 6]], G[:, :, [1, 2, 3, 7, 8]])
+    height = m_heights(form, 4)[:, 0]
+    suspect = np.isfinite(height) & (height > 1e9)
+    assert suspect.sum() > 5
+    dump(tmp_path / "codes.pkl", rows + [[9, 4, 4, x] for x in form])
+    first = 360 + np.argmax(suspect)
+    expected = rf"{suspect.sum()} suspect heights .*rows \[{first}.*rounded"
+    capture = io.StringIO()
+    with contextlib.redirect_stderr(capture):
+        call(prepare.main, "--label", tmp_path / "codes.pkl", output="heights.pkl")
+        about = load_dataset(tmp_path / "codes.pkl", tmp_path / "heights.pkl").about
+        run5.inference(9, 4, 4, form[suspect])
+    assert about["suspect"] == suspect.sum()
+    said = capture.getvalue().splitlines()
+    assert len(re.findall(expected, "\n".join(said))) == 2 and "p_list" in said[-1]
 
 
 @pytest.mark.parametrize("call", ["os system touch {}", "numpy save {}", "builtins eval 1+1"])
@@ -125,13 +225,13 @@ any_length = partial(read_codes, trained=False)
         *((read_codes, [[9, 4, 2, P], row], "row 1: ") for row in BAD_ROWS),
         *((any_length, [[9, 4, 2, P], [*x, np.ones((x[0], y))]], "row 1: ") for *x, y in LENGTHS),
         *((any_length, content, "row 1: ") for content in NPZ),
-        *((read_codes, x, "") for x in ({"n": 9}, [], None, [[9, 4, 2, P.astype(object)]])),
+        *((read_codes, x, "") for x in ({"n": 9}, [], {}, None, [[9, 4, 2, P.astype(object)]])),
         *((read_heights, [2.0, x], "row 1: ") for x in (None, 0.99, -np.inf, np.nan, [3.0])),
         *((read_heights, b"height\n2\n" + x, "row 1: ") for x in (b"x", b"0.5")),
         (load_dataset, npz(k=[4], m=[2], P=np.zeros((1, 20)), height=[np.inf]), "found infinite"),
         (read_codes, npz(k=[4], m=[2], P=np.full((1, 20), np.inf, "f4")), "row 0: "),
         (read_codes, npz(k=[4], m=[2], P=np.float64(2)), ""),
-        *((read_heights, x, "") for x in ("text", {}, b"row,value\n0,2\n", b"\xff\xfe", b"")),
+        *((read_heights, x, "") for x in ("text", {"a": 2.0}, b"row\n0\n", b"\xff\xfe", b"")),
     ],
 )
 def test_malformed_codes_and_heights_are_refused_by_row(tmp_path, read, value, where):
@@ -181,22 +281,27 @@ def test_any_file_is_read_or_refused(tmp_path_factory, value, protocol, changes,
 
 
 def test_wrong_labels_are_found_trusted_or_replaced(tmp_path, course, rows, small, call, eager):
-    """Two heights are infinite; the label of one is finite, as in a public test set."""
+    """Two heights are infinite; the label of one is a large number, as in a public test set."""
     heights = np.where(small.m == 5, small.height * 1.01, small.height)
-    for row, label in ((3, 2.0), (100, np.inf)):
+    for row, label in ((3, 1e8), (100, np.inf)):
         rows[row][3], heights[row] = rows[row][3] * 0, label
     dump(course[0], rows), dump(course[1], heights.tolist())
     predicting = ["--predict", course[0], "--heights", course[1]]
     arguments = [*predicting[:3], dump(tmp_path / "few", [2.0])]
     assert "few: found 1" in call(run5.main, *arguments, status=2)
     for arguments in (["--data", *course], predicting):
-        assert re.search(r"mHeights.pkl: row 3: .*41 of", call(run5.main, *arguments, status=2))
+        error = call(run5.main, *arguments, status=2)
+        assert re.search(r"mHeights.pkl: row 3: .*100000000, expected inf .*41 of", error)
+        assert "relabel takes exact ones and leaves rows of infinite height out" in error
     trusted, exact = (load_dataset(*course, labels=labels) for labels in ("trust", "relabel"))
     np.testing.assert_array_equal(trusted.height, np.delete(heights, 100))
     np.testing.assert_array_equal(exact.height, np.delete(small.height, [3, 100]))
     assert exact.about["infinite"] == 2 and exact.about["sha256"] != trusted.about["sha256"]
     out = call(run5.main, *predicting, "--labels", "relabel")
     assert "360 heights" in out and "41 of 360" in out and "2 rows of infinite" in out
+    assert "2 of them are infinite" in out and "rows [3, 100]" in out
+    predicted = read_heights(tmp_path / "out" / "DS-1-Training-n_k_m_P_predicted.pkl")
+    assert np.flatnonzero(np.isinf(predicted)).tolist() == [3, 100]
 
 
 def test_codes_of_other_lengths_are_labelled_and_not_trained_on(tmp_path, call):
@@ -250,6 +355,7 @@ def test_a_write_whose_last_call_fails_leaves_the_old_file_alone(course, monkeyp
 
 OPTIONS = ["--label codes.pkl", "--output dataset.pkl", "--output no/such/folder.npz"]
 OPTIONS += ["--label codes.pkl --output codes.pkl", "--label none.pkl --output heights.pkl"]
+OPTIONS += ["--heights codes.pkl --output new.pkl"]
 OPTIONS += [f"{option} --output new.npz" for option in ("--rows 0", "--rows many", "--seed -1")]
 
 
@@ -337,6 +443,11 @@ def test_inference_takes_any_iterable_and_loads_its_model_once(small, monkeypatc
     for form in (matrices.tolist(), iter(matrices), [matrix.ravel() for matrix in matrices]):
         assert run5.inference(np.int64(9), 4, 2, form) == pytest.approx(heights, rel=1e-5)
     assert run5.inference(9, 4, 2, []) == []
-    for n, k, m, matrix in [(10, 4, 2, P), (9, 4, 6, P), (9, 4, 2.0, P[:2, :1]), (9, 4, 2, P.T)]:
-        with pytest.raises(ValueError, match=r"^p_list: row 0: .*\Z"):
-            run5.inference(n, k, m, [matrix, P])
+    for m, matrix, text in [(6, P, r"\(4, 5\)"), (2.0, P, "integers"), (2, P.T, ""), (2, [P], "")]:
+        with pytest.raises(ValueError, match=rf"^p_list: row 0: .*{text}.*\Z"):
+            run5.inference(9, 4, m, [matrix, P])
+    with pytest.raises(ValueError, match=r"row 0: .*\[P\]"):
+        run5.inference(9, 4, 2, P)
+    with pytest.raises(ValueError, match=r"found 10, expected 9.*\[9,"):
+        run5.inference(10, 4, 2, [np.ones((4, 6))])
+    assert np.isinf(run5.inference(9, 4, 3, [P * 0, P])).tolist() == [True, True]

@@ -18,6 +18,7 @@ from conftest import NARROW, ROOT, run_script
 from PIL import Image
 
 import train_model_v5 as run5
+from data.dataset import Codes, exact_heights
 
 RESULTS = [
     "best_model_run5.h5",
@@ -114,15 +115,17 @@ assert not {"train_model_v5", "data"} & set(sys.modules)
 
 def test_another_process_loads_the_export_without_our_code(best, small, home, tmp_path):
     best.export(tmp_path / "exported mödel", verbose=False)
-    numbers = (np.full(len(small), 9), small.k, small.m)
-    n, k, m = (x.astype("int32")[:, None] for x in numbers)
-    np.savez(tmp_path / "given.npz", n=n, k=k, m=m, P=small.P.astype("float64"))
+    P = small.P * (np.arange(360) % 8 > 0)[:, None]  # By P = 0 heights are infinite.
+    codes = Codes(np.full(360, 9), small.k, small.m, P.astype("float64"))
+    n, k, m = (x.astype("int32")[:, None] for x in codes[:3])
+    np.savez(tmp_path / "given.npz", n=n, k=k, m=m, P=codes.P)
     command = [sys.executable, "-c", LOAD_ELSEWHERE]
     env = os.environ | home | {"MPLBACKEND": "Agg"}  # Keras imports matplotlib.
     process = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     heights = np.load(tmp_path / "heights.npy")
-    np.testing.assert_allclose(heights, run5.predict_all(best, small), rtol=1e-5)
+    np.testing.assert_allclose(heights, run5.predict_all(best, codes), rtol=1e-5)
+    np.testing.assert_array_equal(np.isinf(heights[:, 0]), np.isinf(exact_heights(codes)))
 
 
 def test_metrics_are_those_of_the_saved_model(metrics, best, small):
@@ -267,6 +270,10 @@ def test_epochs_may_differ_on_resuming_and_fresh_starts_anew(
     P = small.P[run5.split_dataset(small)[0]]
     mean = np.ravel(network.get_layer("scale").mean)
     np.testing.assert_allclose(mean, P.mean(axis=0), rtol=1e-4, atol=1e-4)
+
+    capsys.readouterr()
+    assert short_run(small_npz, tmp_path) == 0
+    assert "has a finished run, which this new one will replace" in capsys.readouterr().out
 
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "checkpoint.npz").write_text("damaged")
