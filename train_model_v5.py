@@ -22,7 +22,9 @@ import math
 import os
 import platform
 import shutil
+import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -46,6 +48,7 @@ import pandas as pd
 import tensorflow as tf
 from keras import callbacks, layers, ops
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
@@ -286,6 +289,8 @@ def simple_predictions(train_set: Dataset, data: Dataset, features: str) -> pd.D
         table["bound"] = data.features[:, 0].astype("float64")
     for i in range(len(GROUPS)):
         fitted, rows = train_set.group == i, data.group == i
+        if not rows.any():
+            continue
         x, y = train_set.features[fitted].astype("float64"), train_set.log2_height[fitted]
         ridge = make_pipeline(StandardScaler(), Ridge()).fit(x, y)
         table.loc[rows, "mean"] = y.mean()
@@ -545,6 +550,24 @@ def best_epoch(history: list[dict]) -> int:
     return 1 + int(np.argmin([row["val_loss"] for row in history]))
 
 
+def why_ended(checkpoint: Checkpoint, settings: Settings) -> str:
+    """Why a run has ended, in words."""
+    if not checkpoint.stopped:
+        return f"ended by --epochs {len(checkpoint.history)}"
+    patience, least = settings.stop_patience, settings.stop_min_delta
+    since = len(checkpoint.history) - patience
+    return f"ended after {patience} without an improvement by {least} since epoch {since}"
+
+
+def commit() -> str:
+    """The commit of this repository, "-dirty" where files were changed, or "unknown"."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def optimizer_and_callbacks(s: Settings) -> tuple:
     """The design's AdamW, LearningRateScheduler, ReduceLROnPlateau and EarlyStopping."""
     schedule = partial(lr_schedule, constant_epochs=s.constant_epochs, decay=s.decay)
@@ -587,33 +610,37 @@ TIERS = {
     "medium": [(4, 4), (5, 3), (6, 2)],
     "hard": [(4, 5), (5, 4), (6, 3)],  # m = n - k: there the largest bound is the m-height.
     "all": list(GROUPS),
+    "six": [(4, 2), (4, 3), (5, 2), (4, 4), (5, 3), (6, 2)],  # All but the hard ones.
 }
-SAME_SETS = ("test_codes", "val_fraction")  # With the same dataset, test errors compare.
 TARGETS = {"easy": 0.15, "medium": 0.30, "hard": 1.20, "all": 0.35}  # The design's.
+SAME_SETS = ("test_codes", "val_fraction")  # With the same dataset, test errors compare.
 
 REPORT = """\
 Run 5: the m-height of linear codes of length 9, predicted in log2 from n, k, m and P
+{changed}
 
-Mean of (log2 of predicted height - log2 of true height)^2 on the test set, the lowest first:
+log2-MSE on {sets[test]:,} new codes, the best way first. Six of the nine (k,m) groups have
+m < n-k; in the three others the bound is the height.
 {headline}
-In the three groups with m = n-k the largest bound is the m-height itself.
-The design's targets are {targets}.
-Of these Run 5 misses {missed}, and ridge misses {ridge_missed}.
+{targets}
 
-Run 2 and Run 4 as published: on another dataset, with most validation codes in training too, so
-that their figures do not tell what they reach on new codes. Run 5 on the validation set here.
-"vs" is Run 5 / other - 1: negative means that Run 5 has the lower error.
-{design}
+{design}Test set by group (k,m)
+{by_group}
 
-By group (k,m), with means: test set, low codes (the tenth of it with small heights), validation set
-{tables}
-
-Trained on this dataset and split (data/rerun_baselines.py): test error, mean over the seeds
+Trained on this dataset and split, test log2-MSE, mean over the seeds (data/README.md)
 {trainings}
 
-mean   predicting the mean log2 height of the group's training rows
-bound  each information set (basis) bounds the m-height from below; the largest of the bounds
-ridge  a regression for each group on the network's features, fitted to the training set
+Validation set, by which the epoch was chosen
+{validation}
+
+log2-MSE        mean of (log2 predicted - log2 true)^2 in a group; then means of these
+typical factor  2^sqrt(log2-MSE): by so much a prediction is typically too large or too small
+mean            predicting the mean log2 height of the group's training rows
+bound           each basis (information set) bounds the m-height from below; the largest bound
+ridge           a regression for each group on the network's features, fitted to the training set
+in 5%           codes predicted within 5 %; 95%, max: factors within which 95 %, all of them are
+bias            mean of log2 predicted - log2 true
+low codes       the tenth of the test set that is made to have small heights
 
 Departures from the design
 - Input: 252 features of the code's bases, clipped at 8 standard deviations, in place of 20 entries
@@ -623,14 +650,19 @@ Departures from the design
 - Early stopping has a min_delta of {settings[stop_min_delta]}. It can follow on the best epoch.
 - {parameters:,} parameters. The design says 3-4 million, but its layers have 5,630,369 on P.
 
-run       {epochs_run} epochs, ended by {ended}; best epoch {best_epoch}; {seconds:.0f} s; \
-seed {seed}{changed}
-sets      {sets}
+run       {epochs_run} epochs, {ended}; best epoch {best_epoch}; seed {settings[seed]}
+sets      training {sets[training]:,} rows, validation {sets[validation]:,}, test {sets[test]:,}
 dataset   {dataset[file]}, {dataset[rows]:,} rows, {dataset[duplicates]:,} of them duplicates
 heights   {dataset[labels]}; {dataset[infinite]:,} infinite left out, {dataset[suspect]:,} suspect
 sha256    {dataset[sha256]}
-machine   {machine}, {finished}
-versions  {packages}
+machine   {machine}; {seconds:.0f} s, {finished}
+versions  {packages}, commit {commit}
+"""
+DESIGN = """\
+Run 2 and Run 4 as published, on another dataset, where most validation codes were in training too:
+not what they reach on new codes. Run 5 on the validation set here. "vs": Run 5 / other - 1.
+{}
+
 """
 
 
@@ -647,21 +679,56 @@ def read_baselines(path: Path = BASELINES) -> tuple[pd.DataFrame, pd.DataFrame]:
     return published, rows[rows["source"] == "measured"].astype({"seed": int})
 
 
+def rows_to_compare(rows: pd.DataFrame, results: dict) -> pd.DataFrame:
+    """Those rows of read_baselines that have the dataset, the split and the test set of a run."""
+    same = [rows["dataset"] == results["dataset"]["sha256"]]
+    same += [rows[x] == results["settings"][x] for x in SAME_SETS]
+    return rows[np.all(same, axis=0)]
+
+
 def with_means(errors: pd.DataFrame) -> pd.DataFrame:
-    """The errors by group, named "k,m", then the means of each tier and of all. errors: by k, m."""
+    """The errors by group, named "k,m", then the means of the tiers. errors: by k, m."""
     means = pd.DataFrame({tier: errors.loc[groups].mean() for tier, groups in TIERS.items()}).T
     return pd.concat([errors.set_axis([f"{k},{m}" for k, m in errors.index]), means])
 
 
-def trainings_table(rows: pd.DataFrame, seed: int, test: pd.DataFrame) -> pd.DataFrame:
-    """Means of the test errors of each training in these rows, and of the present run."""
+def error_statistics(error: np.ndarray) -> dict[str, float]:
+    """What log2 errors, predicted - true, mean for the user: see the end of REPORT."""
+    size = np.abs(error)
+    return {
+        "factor": 2 ** np.sqrt(np.mean(error**2)),
+        "in 5%": np.mean(np.abs(2**error - 1) <= 0.05),
+        "95%": 2 ** np.quantile(size, 0.95),
+        "max": 2 ** size.max(),
+        "bias": error.mean(),
+    }
+
+
+def group_table(test: pd.DataFrame, low: pd.DataFrame, statistics: dict) -> pd.DataFrame:
+    """Errors by group, as text. test, low: of with_means; statistics: of error_statistics."""
+    ways = [x for x in ("mean", "raw P", "bound", "ridge", "Run 5") if x in test]
+    error, factor = "{:.4f}".format, "{:.2f}".format
+    columns = {("log2-MSE", x): test[x].map(error) for x in ways}
+    columns |= {("factor", x): (2 ** np.sqrt(test[x])).map(factor) for x in ways[-3:]}
+    of_run = pd.DataFrame(statistics).T
+    columns["Run 5", "in 5%"] = of_run["in 5%"].map("{:.0%}".format)
+    columns |= {("Run 5", x): of_run[x].map(factor) for x in ("95%", "max")}
+    columns["Run 5", "bias"] = of_run["bias"].map("{:+.3f}".format)
+    columns |= {("low codes", x): low[x].map(error) for x in ways[-2:]}
+    return pd.DataFrame(columns).loc[[*test.index[: len(GROUPS)], "six", "all"]]
+
+
+def trainings_table(rows: pd.DataFrame, this: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Test errors of each training in the rows of rows_to_compare, then those of this run."""
+    own = this.reset_index().assign(run="this run", seed=seed, test_log2_mse=this["Run 5"].values)
     table = {}
-    for name, part in rows.groupby("run", sort=False):
+    for name, part in pd.concat([rows, own]).groupby("run", sort=False):
         by_seed = part.pivot(index=["k", "m"], columns="seed", values="test_log2_mse")
-        seeds = {"seeds": " ".join(map(str, by_seed))}
-        table[name] = seeds | with_means(by_seed).loc[[*TIERS]].mean(axis=1).to_dict()
-    this = {"seeds": str(seed)} | with_means(test).loc[[*TIERS], "Run 5"].to_dict()
-    return pd.DataFrame(table | {"this run": this}).T
+        means = with_means(by_seed).loc[[*TIERS]]
+        table[name] = {"seeds": " ".join(map(str, by_seed))} | means.mean(axis=1).to_dict()
+        least, most = means.loc["all"].min(), means.loc["all"].max()
+        table[name]["range of all"] = f"{least:.4f}-{most:.4f}" if most > least else ""
+    return pd.DataFrame(table).T
 
 
 def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> str:
@@ -670,42 +737,45 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
     results: as in metrics.json. baselines: as data/baselines.csv.
     """
     published, rows = read_baselines(baselines)
+    rows = rows_to_compare(rows, results)
     tables = {x: pd.DataFrame(t).set_index(["k", "m"]) for x, t in results["errors"].items()}
     tables = {x: table.rename(columns={"run5": "Run 5"}) for x, table in tables.items()}
-    shown = {"test": "test", "low codes": "low", "validation": "val"}
-    test, low, validation = (tables[name] for name in shown)
-    six = TIERS["easy"] + TIERS["medium"]
-    columns = {"six with m < n-k": test.loc[six], "all nine": test, "low codes, all nine": low}
-    headline = pd.DataFrame({x: part.mean() for x, part in columns.items()}).drop("n")
-    means = with_means(test)
-    missed = {x: [t for t in TARGETS if not means[x][t] < TARGETS[t]] for x in means}
-    design = with_means(published.assign(**{"Run 5": validation["Run 5"]}))
-    for short, other in (("vs R2", "Run 2"), ("vs R4", "Run 4")):
-        design[short] = (design["Run 5"] / design[other] - 1).map("{:+.1%}".format)
-    design["n"] = [*validation["n"], *(validation["n"].loc[x].sum() for x in TIERS.values())]
+    names = ("validation", "test", "low codes")
+    validation, test, low = (with_means(tables[name]) for name in names)
     settings = results["settings"]
+    raw = rows[rows["run"] == "Run 5 on raw P"].groupby(["k", "m"])[["test_log2_mse"]].mean()
+    if len(raw) and settings["features"] == "basis":  # Else this run is one on raw P.
+        test["raw P"] = with_means(raw)["test_log2_mse"]
+    headline = {"typical factor, six": 2 ** np.sqrt(test.loc["six"]), "six": test.loc["six"]}
+    headline |= {"all nine": test.loc["all"], "low codes, six": low.loc["six"]}
+    headline = pd.DataFrame(headline).drop("n").sort_values("six")
     defaults = json.loads(json.dumps(asdict(Settings()), default=str))
-    same = [rows["dataset"] == results["dataset"]["sha256"]]
-    rows = rows[np.all(same + [rows[x] == settings[x] for x in SAME_SETS], axis=0)]
     changed = [x for x in defaults if x not in ("data", "output", "seed")]
-    changed = [f"\n          {x} {settings[x]}" for x in changed if settings[x] != defaults[x]]
-    decimals = {"float_format": lambda x: f"{x:.{4 if x < 10 else 3}f}"}
+    changed = ", ".join(f"{x} {settings[x]}" for x in changed if settings[x] != defaults[x])
+    changed = f"Settings that are not the default: {changed}" if changed else "Default settings"
+    design, targets = "", "Targets: the design has none for this dataset, split or test set."
+    if validation["n"].min() >= 100:  # Below, percentages would say nothing.
+        table = with_means(published).assign(**{"Run 5": validation["Run 5"]})
+        for short, other in (("vs R2", "Run 2"), ("vs R4", "Run 4")):
+            table[short] = (table["Run 5"] / table[other] - 1).map("{:+.1%}".format)
+        sums = [tables["validation"]["n"].loc[groups].sum() for groups in TIERS.values()]
+        table["n"] = [*tables["validation"]["n"], *sums]
+        table = table.rename_axis(columns="k,m").to_string(float_format="{:.6f}".format)
+        design = DESIGN.format(table)
+    if len(rows):
+        missed = {x: [t for t in TARGETS if not test[x][t] < TARGETS[t]] for x in test}
+        targets = "Targets of the design: " + ", ".join(f"{x} {y:.2f}" for x, y in TARGETS.items())
+        for way in ("Run 5", "ridge"):
+            targets += f"; {way} misses {', '.join(missed[way]) or 'none'}"
+    decimals = {"float_format": "{:.4f}".format, "na_rep": "", "index_names": False}
     text = {
-        "headline": headline.sort_values("all nine").to_string(**decimals),
-        "targets": ", ".join(f"{x} {limit:.2f}" for x, limit in TARGETS.items()),
-        "missed": ", ".join(missed["Run 5"]) or "none",
-        "ridge_missed": ", ".join(missed["ridge"]) or "none",
-        "design": design.rename_axis(columns="k,m").to_string(float_format="{:.6f}".format),
-        "tables": "\n".join(
-            with_means(tables[x].drop(columns="n"))
-            .T.rename_axis(columns=name)
-            .to_string(**decimals)
-            for x, name in shown.items()
-        ),
-        "trainings": trainings_table(rows, settings["seed"], test).to_string(**decimals),
-        "sets": ", ".join(f"{x} {n:,} rows" for x, n in results["sets"].items()),
-        "seed": settings["seed"],
-        "changed": "".join(changed),
+        "changed": textwrap.fill(changed, 100),
+        "headline": headline.to_string(**decimals),
+        "targets": targets,
+        "design": design,
+        "by_group": group_table(test, low, results["test_statistics"]).to_string(),
+        "trainings": trainings_table(rows, tables["test"], settings["seed"]).to_string(**decimals),
+        "validation": validation.loc[[*TIERS], ["ridge", "Run 5"]].T.to_string(**decimals),
         "packages": ", ".join(f"{x} {number}" for x, number in results["versions"].items()),
     }
     report = REPORT.format(**results | results["times"] | text)
@@ -718,20 +788,21 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
 
 
 def plot_history(results: dict, path: Path) -> None:
-    """Loss and val_loss by epoch, with the best epoch and the ridge's error."""
+    """Loss and val_loss by epoch, with the best epoch and the ridge's error on validation rows."""
     history, best = pd.DataFrame(results["history"]), results["best_epoch"]
     history.index += 1
     figure = Figure(figsize=(9, 6), layout="constrained")
     panel, lowest = figure.subplots(), history["val_loss"][best]
-    panel.plot(history["loss"], "C0", label="loss, training set, with dropout and group weights")
-    panel.plot(history["val_loss"], "C1", label="val_loss, validation set")
+    panel.plot(history["loss"], "C0", label="loss: training set, with dropout and group weights")
+    panel.plot(history["val_loss"], "C1", label="val_loss: validation set, mean of the rows")
     panel.plot(best, lowest, "kv", label=f"best epoch {best}: {lowest:.4f}")
-    ridge = pd.DataFrame(results["errors"]["validation"])["ridge"].mean()
-    panel.axhline(
-        ridge, color="C2", linestyle="--", label=f"ridge, mean of the groups: {ridge:.4f}"
-    )
+    table = pd.DataFrame(results["errors"]["validation"])
+    ridge = np.average(table["ridge"], weights=table["n"])
+    label = f"ridge regression, mean of the rows: {ridge:.4f}"
+    panel.axhline(ridge, color="C2", linestyle="--", label=label)
     panel.set(xlabel="epoch", ylabel="MSE of log2 height", yscale="log")
-    panel.set_title(f"Run 5: training, ended by {results['ended']}")
+    panel.set_title(f"Run 5: training {results['ended']}")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.grid(which="both", alpha=0.3)
     panel.legend()
@@ -742,19 +813,60 @@ def plot_predictions(test_set: Dataset, predicted: np.ndarray, path: Path) -> No
     """The error of each test row by its true log2 height, by group. predicted: log2 heights."""
     true, error = test_set.log2_height, predicted - test_set.log2_height
     figure = Figure(figsize=(12, 10), layout="constrained")
-    groups = [(tier, k, m) for tier in ("easy", "medium", "hard") for k, m in TIERS[tier]]
-    for panel, (tier, k, m) in zip(figure.subplots(3, 3).flat, groups, strict=True):
+    groups = [(k, m) for tier in ("easy", "medium", "hard") for k, m in TIERS[tier]]
+    panels = figure.subplots(3, 3, sharex=True, sharey=True)
+    for panel, (k, m) in zip(panels.flat, groups, strict=True):
         group = test_set.group == GROUPS.index((k, m))
         panel.axhline(0, color="black", linewidth=0.8)
         for name, low, color in (("random codes", False, "C0"), ("low codes", True, "C3")):
             rows = group & (test_set.low == low)
             panel.scatter(true[rows], error[rows], 6, color, alpha=0.4, linewidths=0, label=name)
-        panel.set_title(f"k={k}, m={m} ({tier}): log2-MSE {np.mean(error[group] ** 2):.2g}")
+        figures = error_statistics(error[group])
+        within = f"95 % within a factor of {figures['95%']:.2f}, bias {figures['bias']:+.3f}"
+        panel.set_title(f"k={k}, m={m}: {within}", fontsize="medium")
         panel.grid(alpha=0.3)
     panel.legend(markerscale=3)
     figure.supxlabel("true log2 height")
-    figure.supylabel("predicted - true log2 height (each panel has its own limits)")
+    figure.supylabel("predicted - true log2 height")
     figure.suptitle(f"Run 5 on the {len(test_set):,} codes of the test set")
+    figure.savefig(path, dpi=120)
+
+
+def plot_comparison(results: dict, path: Path, baselines: Path = BASELINES) -> None:
+    """Left: the test error of each way to predict, in the six groups where the bound is not the
+    height. Right: Run 2 and Run 4 as published, and trained on this dataset and split."""
+    published, rows = read_baselines(baselines)
+    rows = rows_to_compare(rows, results)
+    test = pd.DataFrame(results["errors"]["test"]).set_index(["k", "m"])
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    raw = rows[rows["run"] == "Run 5 on raw P"].set_index(["k", "m"])["test_log2_mse"]
+    names = {"mean": "mean of the group", "raw": "Run 5 on raw P", "bound": "lower bound"}
+    names |= {"ridge": "ridge regression", "run5": "Run 5"}
+    for color, (way, name) in enumerate(names.items()):
+        errors = raw if way == "raw" else test.get(way, raw[:0])
+        for place, group in enumerate(TIERS["six"]):
+            values = errors[errors.index == group]
+            label = name if place == 0 and len(values) else None
+            where = np.full(len(values), place + (color - 2) / 10)
+            left.plot(where, values, "o", color=f"C{color}", markersize=5, label=label)
+    left.set_xticks(range(len(TIERS["six"])), [f"k={k}, m={m}" for k, m in TIERS["six"]])
+    left.set_yscale("log", base=2)
+    left.yaxis.set_major_formatter("{x:.3g}")
+    left.set(ylabel="log2-MSE, test set (a line up: twice the error)")
+    here = rows.pivot_table("test_log2_mse", ["k", "m"], "run").reindex(columns=[*published])
+    both = published.add_suffix(", published").join(here.add_suffix(", here")).dropna(axis=1)
+    for place, (name, tiers) in enumerate(with_means(both).loc[[*TIERS]].items()):
+        right.bar(np.arange(4) + (place - 1.5) / 5, tiers, 0.19, label=name)
+    right.set_xticks(range(4), [*TIERS])
+    right.set(ylabel="log2-MSE")
+    right.set_title("Run 2, Run 4: published (shared codes), here (new codes)")
+    for panel in (left, right):
+        panel.grid(axis="y", alpha=0.3)
+        panel.legend()
+    factors = {x: 2 ** np.sqrt(test.loc[TIERS["six"], x].mean()) for x in names if x in test}
+    factors = ", ".join(f"{names[x]} {factors[x]:.2f}" for x in reversed(factors))
+    left.set_title(f"Predictions are typically off by a factor of\n{factors}")
     figure.savefig(path, dpi=120)
 
 
@@ -867,7 +979,9 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
 
     model = height_model(network, settings.features)
     errors, predicted = evaluate(model, sets, settings.features)
-    epochs = len(checkpoint.history)
+    error, group = predicted - sets["test"].log2_height, sets["test"].group
+    named = {f"{k},{m}": group == i for i, (k, m) in enumerate(GROUPS)}
+    named |= {x: np.isin(group, [GROUPS.index(y) for y in TIERS[x]]) for x in TIERS}
     results = {
         "settings": checkpoint.settings | {"epochs": settings.epochs},
         "dataset": dataset.about,
@@ -875,11 +989,14 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
         "extra_codes": counts["training"] + counts["validation"] - len(dataset),
         "rows_per_epoch": batches.rows_per_epoch,
         "parameters": network.count_params(),
-        "epochs_run": epochs,
+        "epochs_run": len(checkpoint.history),
         "best_epoch": best_epoch(checkpoint.history),
-        "ended": "early stopping" if checkpoint.stopped else f"--epochs {epochs}",
+        "complete": checkpoint.stopped,
+        "ended": why_ended(checkpoint, settings),
         "errors": {x: table.reset_index().to_dict("records") for x, table in errors.items()},
+        "test_statistics": {x: error_statistics(error[rows]) for x, rows in named.items()},
         "history": checkpoint.history,
+        "commit": commit(),
         "times": {"seconds": checkpoint.seconds, "finished": time.strftime("%Y-%m-%d %H:%M")},
         "versions": {x: version(x) for x in ("keras", "tensorflow", "numpy", "scikit-learn")},
         "machine": f"{platform.system()}, {platform.machine()}, {os.cpu_count()} CPUs",
@@ -888,6 +1005,7 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
         "best_model_run5.h5": model.save,
         "metrics.json": lambda path: path.write_text(json.dumps(results, indent=1) + "\n"),
         "training_history.png": partial(plot_history, results),
+        "comparison.png": partial(plot_comparison, results),
         "predictions_scatter.png": partial(plot_predictions, sets["test"], predicted),
     }
     for name, write in writers.items():

@@ -44,7 +44,8 @@ from data.matrices import low_matrices, random_matrices, very_low_matrices
 ROWS_PER_GROUP = 12_000
 SEED = 5
 LOW_SHARE = 0.1  # The share of each group that low_matrices makes; random_matrices makes the rest.
-VERY_LOW_SHARE = 0.08  # The share of codes of very small height among extra codes, see below.
+# Of the extra codes of a group: the share of codes of very small height, how often each is there.
+VERY_LOW_SHARE, VERY_LOW_TIMES = 0.08, 3
 DATASET, VERY_LOW, KNOWN_HEIGHTS = (
     Path(__file__).with_name(name)
     for name in ("augmented.npz", "very_low.npz", "known_heights.csv")
@@ -58,23 +59,23 @@ LABEL_BLOCK = 3 * 10**7  # What one process labels in one go: a fraction of a se
 def make_group(
     rng: np.random.Generator, k: int, m: int, rows: int, known: set[bytes], very_low: int = 0
 ) -> dict[str, np.ndarray]:
-    """Columns of a Dataset: so many new codes of one (k, m) group with exact heights.
+    """Columns of a Dataset: new codes of one (k, m) group with exact heights, so many rows.
 
-    The last rows are low codes: a share LOW_SHARE by low_matrices, then `very_low` rows by
-    very_low_matrices. Codes of infinite height and codes whose key (of code_keys) is in `known` are
-    left out, and others are made in their place; the keys of the new codes are added to `known`.
+    The last rows are low codes: a share LOW_SHARE by low_matrices, then `very_low` codes by
+    very_low_matrices, each VERY_LOW_TIMES. Codes of infinite height and codes whose key (of
+    code_keys) is in `known` are left out, and others are made in their place; the keys of the new
+    codes are added to `known`.
     """
     low = round(LOW_SHARE * rows)
+    random = rows - low - VERY_LOW_TIMES * very_low
     ways = (
-        (
-            rows - low - very_low,
-            lambda n: random_matrices(rng, np.clip(2 * n, 1000, 20_000), k, N - k),
-        ),
-        (low, lambda n: low_matrices(rng, max(n * 5 // 4, 100), k, m)),
-        (very_low, lambda n: very_low_matrices(rng, max(n * 5 // 4, 100), k, m)),
+        (random, 1, lambda n: random_matrices(rng, np.clip(2 * n, 1000, 20_000), k, N - k)),
+        (low, 1, lambda n: low_matrices(rng, max(n * 5 // 4, 100), k, m)),
+        (very_low, VERY_LOW_TIMES, lambda n: very_low_matrices(rng, max(n * 5 // 4, 100), k, m)),
     )
     parts = []
-    for count, matrices in ways:
+    for count, times, matrices in ways:
+        made = []
         while count > 0:
             P = matrices(count)
             height = m_heights(P, [m])[:, 0]
@@ -83,10 +84,11 @@ def make_group(
             first = np.sort(np.unique(key, return_index=True)[1])
             new = [i for i in first if key[i] not in known][:count]
             known.update(key[new].tolist())
-            parts.append({"P": flatten(P[new]), "height": height[new], "key": key[new]})
+            made.append({"P": flatten(P[new]), "height": height[new], "key": key[new]})
             count -= len(new)
+        parts += times * made
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    is_low = np.arange(rows) >= rows - low - very_low
+    is_low = np.arange(rows) >= random
     return columns | {"k": np.full(rows, k), "m": np.full(rows, m), "low": is_low}
 
 
@@ -113,23 +115,18 @@ def make_dataset(
 def make_extra_codes(rows_per_group: int, seed: int, known: Iterable[bytes]) -> Dataset:
     """Codes to add to a training set: as make_dataset makes them, and some of very small height.
 
-    These are a share VERY_LOW_SHARE of the groups with m < n - k. The codes of known and of the
-    file VERY_LOW are left out. Groups are made in parallel, from seeds of their own, so that the
-    codes do not depend on the number of cores. Raises InputError when a process is killed.
+    These are a share VERY_LOW_SHARE in the groups with m < n - k, each VERY_LOW_TIMES. The codes of
+    known and of the file VERY_LOW are left out. Groups are made in parallel, from seeds of their
+    own, so that the codes do not depend on the number of cores. Raises InputError when a process is
+    killed.
     """
     known = {*known, *load_dataset(VERY_LOW).key.tolist()}
     very_low = round(VERY_LOW_SHARE * rows_per_group)
-    arguments = (
-        (
-            np.random.default_rng([seed, 1, i]),
-            k,
-            m,
-            rows_per_group,
-            set(known),
-            very_low * (m < N - k),
-        )
-        for i, (k, m) in enumerate(GROUPS)
-    )
+    arguments = []
+    for i, (k, m) in enumerate(GROUPS):
+        searched = very_low if m < N - k else 0
+        rng = np.random.default_rng([seed, 1, i])
+        arguments.append((rng, k, m, rows_per_group, set(known), searched))
     workers = joblib.cpu_count() if rows_per_group > 1000 else 1
     return joined(in_parallel(make_group, arguments, workers))
 

@@ -158,12 +158,11 @@ def train_run(run: str, dataset: Dataset, settings: run5.Settings, work: Path) -
     )
     run5.train(network, *how, batches, sets["validation"], checkpoint)
     errors, _ = run5.evaluate(run5.height_model(network, "raw"), sets, "raw")
-    complete = checkpoint.stopped or epochs == changes["epochs"]
     return {
         "errors": {x: table.reset_index().to_dict("records") for x, table in errors.items()},
         "epochs_run": len(checkpoint.history),
         "best_epoch": run5.best_epoch(checkpoint.history),
-        "ended": "early stopping" if complete else f"--epochs {epochs}",
+        "complete": checkpoint.stopped or epochs == changes["epochs"],
         "parameters": network.count_params(),
         "times": {"seconds": checkpoint.seconds},
         "settings": asdict(settings),
@@ -184,7 +183,7 @@ def rows_of(run: str, results: dict) -> pd.DataFrame:
         test_log2_mse=test["run5"],
         epochs=results["epochs_run"],
         best_epoch=results["best_epoch"],
-        ended=results["ended"].replace("early stopping", "complete"),
+        ended="complete" if results["complete"] else f"--epochs {results['epochs_run']}",
         parameters=results["parameters"],
         seconds=round(results["times"]["seconds"]),
         backend="tensorflow",

@@ -1,9 +1,11 @@
-"""Rates side by side: training, labeller, prediction. Each figure against its reference, in turn.
+"""Accuracy of the shipped model beyond the test set; rates, each beside that of a reference.
 
-    python tests/benchmark.py [--repeats 3] [--only training labeller prediction]
+    python tests/benchmark.py accuracy
+    python tests/benchmark.py training labeller library prediction [--repeats 3]
 
-Figure and reference are measured in turn, `--repeats` times. The table has the median of each, and
-the median, least and largest of the ratios. Nothing else should run on the machine meanwhile.
+Rate and reference are measured in turn, `--repeats` times. The table has the median of each, and
+the median, least and largest of the ratios. Nothing else should run on the machine meanwhile. The
+library is analog-ecc-heights of PyPI, to be installed for this alone.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -19,12 +22,14 @@ import train_model_v5 as run5  # isort: skip
 
 import keras
 import numpy as np
+import pandas as pd
+from conftest import COURSE_SAMPLE
 from test_heights import height_by_lp
 from threadpoolctl import threadpool_limits
 
-from data.dataset import Dataset, unflatten
+from data.dataset import Codes, Dataset, exact_heights, flatten, unflatten, write_heights
 from data.heights import GROUPS, N, m_heights
-from data.prepare import make_dataset
+from data.prepare import VERY_LOW, make_dataset
 
 STEPS = 60
 
@@ -109,6 +114,100 @@ def labeller(repeats: int) -> list[str]:
     return lines
 
 
+def library(repeats: int) -> list[str]:
+    """Codes a second on one core, against the fastest function of analog-ecc-heights for a group.
+
+    It is the reference implementation by an author of arXiv 2602.20366.
+    """
+    try:
+        import analog_ecc_heights
+    except ImportError:
+        return ["library: analog-ecc-heights is not installed"]
+    names = [x for x in analog_ecc_heights.__all__ if x.startswith("h_m") and "parity" not in x]
+    shipped, lines = run5.load_dataset(*run5.Settings().data), []
+    for i, (k, m) in enumerate(GROUPS):
+        data = shipped.take(np.flatnonzero(shipped.group == i))
+        P = unflatten(data.P, k)
+        G = [np.hstack([np.eye(k), x]).astype(float) for x in P]
+
+        def by_library(name: str, codes: slice = slice(10), m=m, G=G) -> list[float]:
+            return [getattr(analog_ecc_heights, name)(x, m) for x in G[codes]]
+
+        fit = [x for x in names if "mds" not in x or m == N - k]
+        rates = {x: rate(lambda x=x: len(by_library(x, slice(2)))) for x in fit}
+        fastest = max(rates, key=rates.get)
+        np.testing.assert_allclose(by_library(fastest), data.height[:10], rtol=1e-6)
+        with threadpool_limits(1):
+            readings = in_turn(
+                repeats,
+                lambda P=P, m=m: rate(lambda: len(m_heights(P, m))),
+                lambda x=fastest: rate(lambda: len(by_library(x))),
+            )
+        lines.append(line(f"labeller, codes/s, k={k},m={m}, {fastest}", "", *readings))
+    return lines
+
+
+def as_dataset(k: np.ndarray, m: np.ndarray, P: np.ndarray) -> Dataset:
+    """The codes of finite height with their exact heights. P: (rows, 20)."""
+    codes = Codes(np.full(len(k), N), k, m, P)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "codes.npz")
+        write_heights(path, codes, exact_heights(codes))
+        return run5.load_dataset(path)
+
+
+def accuracy(model: Path) -> str:
+    """Errors of a model, of the bound and of ridge regression on sets of codes beyond the test set.
+
+    The ridge is fitted to the training set of the default run. Codes of its training and validation
+    set are left out.
+    """
+    settings, network = run5.Settings(), run5.load_trained(model)
+    shipped = run5.load_dataset(*settings.data)
+    sets, front = run5.make_sets(shipped, settings), run5.feature_model("basis")
+    train_set = replace(sets["training"], features=run5.predict_all(front, sets["training"]))
+    rng, k, m = np.random.default_rng(0), *np.repeat(GROUPS, 500, axis=0).T
+    uniform = [flatten(rng.integers(-100, 101, (500, k, N - k))) for k, _ in GROUPS]
+    within_8 = np.flatnonzero(np.abs(shipped.P).max(axis=1) <= 8)
+    within_8 = shipped.take(
+        np.concatenate(
+            [
+                rng.permutation(within_8[shipped.group[within_8] == i])[:200]
+                for i in range(len(GROUPS))
+            ]
+        )
+    )
+    very_low = run5.load_dataset(VERY_LOW)
+    codes = {
+        "test set": sets["test"],
+        "its low codes": sets["test"].take(sets["test"].low),
+        "entries uniform on [-100, 100]": as_dataset(k, m, np.concatenate(uniform)),
+        "entries within 8, times 1/3": as_dataset(within_8.k, within_8.m, within_8.P / 3),
+        "entries within 8, times 0.1": as_dataset(within_8.k, within_8.m, within_8.P * 0.1),
+        "very small heights": very_low.take(np.arange(len(GROUPS), len(very_low))),
+        "smallest published": very_low.take(np.arange(len(GROUPS))),
+    }
+    if COURSE_SAMPLE.exists():
+        codes["sample of the course's DS-1"] = run5.load_dataset(COURSE_SAMPLE)
+    known = np.concatenate([sets["training"].key, sets["validation"].key])
+    table = {}
+    for name, data in codes.items():
+        new = data.take(~np.isin(data.key, known))
+        new = replace(new, features=run5.predict_all(front, new))
+        ways = run5.simple_predictions(train_set, new, "basis")
+        predicted = run5.predict_all(network, new)[:, 0].astype(float)
+        ways = ways.assign(**{"Run 5": np.log2(predicted)})[["bound", "ridge", "Run 5"]]
+        errors = run5.group_errors(new, new.log2_height, ways)
+        six = errors[errors.index.isin(run5.TIERS["easy"] + run5.TIERS["medium"])]
+        worse = six.index[six["Run 5"] > six["ridge"]]
+        table[name] = {"codes": len(new), "left out": len(data) - len(new)}
+        table[name] |= {f"{x}, six": six[x].mean() for x in ways}
+        table[name] |= {f"{x}, nine": errors[x].mean() for x in ways}
+        table[name]["ridge is better in"] = " ".join(f"({k},{m})" for k, m in worse) or "none"
+        print(f"{name}\n{errors.T.round(4).to_string()}", flush=True)
+    return "\n" + pd.DataFrame(table).T.to_string(float_format="{:.4f}".format)
+
+
 def prediction(repeats: int) -> list[str]:
     """Codes a second from the model as it is saved, the groups mixed."""
     settings = run5.Settings()
@@ -120,18 +219,23 @@ def prediction(repeats: int) -> list[str]:
     return [line("prediction, codes/s, 10,000", ">= 1", rates, [10000.0] * repeats)]
 
 
-PARTS = {"training": training, "labeller": labeller, "prediction": prediction}
+RATES = {"training": training, "labeller": labeller, "library": library, "prediction": prediction}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="+", choices=["accuracy", *RATES])
     parser.add_argument("--repeats", type=int, default=3, help="readings of each (default: 3)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], help="(default: all)")
+    parser.add_argument("--model", type=Path, default=run5.TRAINED, help="for accuracy")
     given = parser.parse_args()
-    head = f"{'measured':>10}{'reference':>10}{'ratio':>10}  {'least to largest':<24}goal"
-    print(f"{f'what, unit, reference; {given.repeats} readings':<36}{head}")
-    for name in given.only:
-        print(*PARTS[name](given.repeats), sep="\n", flush=True)
+    if "accuracy" in given.parts:
+        print(accuracy(given.model))
+    rates = [name for name in given.parts if name in RATES]
+    if rates:
+        head = f"{'measured':>10}{'reference':>10}{'ratio':>10}  {'least to largest':<24}goal"
+        print(f"{f'what, unit, reference; {given.repeats} readings':<36}{head}")
+    for name in rates:
+        print(*RATES[name](given.repeats), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
