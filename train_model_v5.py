@@ -857,8 +857,8 @@ def plot_comparison(results: dict, path: Path, baselines: Path = BASELINES) -> N
     here = rows.pivot_table("test_log2_mse", ["k", "m"], "run").reindex(columns=[*published])
     both = published.add_suffix(", published").join(here.add_suffix(", here")).dropna(axis=1)
     for place, (name, tiers) in enumerate(with_means(both).loc[[*TIERS]].items()):
-        right.bar(np.arange(4) + (place - 1.5) / 5, tiers, 0.19, label=name)
-    right.set_xticks(range(4), [*TIERS])
+        right.bar(np.arange(len(TIERS)) + (place - 1.5) / 5, tiers, 0.19, label=name)
+    right.set_xticks(range(len(TIERS)), [*TIERS])
     right.set(ylabel="log2-MSE")
     right.set_title("Run 2, Run 4: published (shared codes), here (new codes)")
     for panel in (left, right):
