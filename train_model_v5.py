@@ -895,7 +895,7 @@ def predict(
     if infinite := np.flatnonzero(np.isinf(predicted)).tolist():
         why = "by definition or beyond float32"
         print(f"{len(infinite):,} of them are infinite, {why}: rows {one_line(infinite)}")
-    files.warn_of_suspects(written, codes, predicted)
+    files.warn_of_suspects(inputs, codes)
     if heights_file:
         finite = np.isfinite(true)
         bound = predict_all(feature_model("basis"), codes)[:, 0]
@@ -924,9 +924,8 @@ def inference(n: int, k: int, m: int, p_list: Iterable, model: Path = TRAINED) -
     if not rows:
         return []
     codes = files.codes_from_rows("p_list", rows)
-    predicted = predict_all(load_once(model), codes)[:, 0]
-    files.warn_of_suspects("p_list", codes, predicted)
-    return predicted.tolist()
+    files.warn_of_suspects("p_list", codes)
+    return predict_all(load_once(model), codes)[:, 0].tolist()
 
 
 # --- main -----------------------------------------------------------------------------------------

@@ -401,11 +401,12 @@ def are_equal(heights: np.ndarray, exact: np.ndarray) -> np.ndarray:
     return near | (exact == heights)
 
 
-def warn_of_suspects(source: Path | str, codes: Codes, heights: np.ndarray) -> int:
-    """Print a warning on heights that are finite only, as it seems, since entries of P were
-    rounded; returns their number. heights: (rows,)."""
-    real = (np.rint(codes.P) != codes.P).any(axis=1)
-    rows = np.flatnonzero(real & np.isfinite(heights) & (heights > SUSPECT_HEIGHT)).tolist()
+def warn_of_suspects(source: Path | str, codes: Codes) -> int:
+    """Print a warning on codes whose exact heights are finite only, as it seems, since entries of P
+    were rounded; returns their number."""
+    real = np.flatnonzero((np.rint(codes.P) != codes.P).any(axis=1))
+    heights = exact_heights(Codes(*(column[real] for column in codes)))
+    rows = real[np.isfinite(heights) & (heights > SUSPECT_HEIGHT)].tolist()
     if rows:
         found = f"{len(rows)} suspect heights above {SUSPECT_HEIGHT:g}, rows {one_line(rows)}"
         why = "where entries of P were rounded, the height of the code itself can be infinite"
@@ -447,7 +448,7 @@ def load_dataset(*paths: Path | str, labels: str = "check") -> Dataset:
     files = [in_folder(paths[0], CODES_FILE), in_folder(paths[-1], HEIGHTS_FILE)]
     codes = read_codes(files[0])
     height, origin = true_heights(codes, files[1], labels)
-    suspect, finite = warn_of_suspects(files[1], codes, height), np.isfinite(height)
+    suspect, finite = warn_of_suspects(files[0], codes), np.isfinite(height)
     if not finite.any():
         raise InputError(f"{files[1]}: found infinite heights alone, expected finite ones")
     k, m, P, height = (column[finite] for column in (*codes[1:], height))

@@ -207,7 +207,7 @@ def label_file(inputs: Path, heights_file: Path | None, output: Path) -> None:
         print(f"{rows_done:,} of {len(heights):,} codes, about {left} left", flush=True)
     write_heights(output, codes, heights)
     print(f"{output}: {len(heights):,} heights, {np.isinf(heights).sum():,} of them infinite")
-    warn_of_suspects(output, codes, heights)
+    warn_of_suspects(inputs, codes)
     if heights_file:
         wrong = np.flatnonzero(~are_equal(claimed, heights)).tolist()
         rows = f": rows {one_line(wrong)}" if wrong else ""

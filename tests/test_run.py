@@ -138,7 +138,7 @@ def test_metrics_are_those_of_the_saved_model(metrics, best, small):
         for i, row in enumerate(metrics["errors"][name]):
             assert (row["k"], row["m"], row["n"]) == (*run5.GROUPS[i], n)
             assert row["run5"] == pytest.approx(np.mean(error[data.group == i] ** 2), rel=1e-3)
-            assert row["bound"] < row["mean"] and 0 <= row["ridge"]
+            assert row["bound"] < row["mean"] and row["ridge"] >= 0
     lowest = min(row["val_loss"] for row in metrics["history"])
     assert metrics["history"][metrics["best_epoch"] - 1]["val_loss"] == lowest
     validation = np.mean([row["run5"] for row in metrics["errors"]["validation"]])
