@@ -609,8 +609,8 @@ TIERS = {
     "easy": [(4, 2), (4, 3), (5, 2)],
     "medium": [(4, 4), (5, 3), (6, 2)],
     "hard": [(4, 5), (5, 4), (6, 3)],  # m = n - k: there the largest bound is the m-height.
-    "all": list(GROUPS),
     "six": [(4, 2), (4, 3), (5, 2), (4, 4), (5, 3), (6, 2)],  # All but the hard ones.
+    "all": list(GROUPS),
 }
 TARGETS = {"easy": 0.15, "medium": 0.30, "hard": 1.20, "all": 0.35}  # The design's.
 SAME_SETS = ("test_codes", "val_fraction")  # With the same dataset, test errors compare.

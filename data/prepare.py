@@ -9,10 +9,8 @@ import argparse
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from datetime import timedelta
 from pathlib import Path
 
 import joblib
@@ -32,7 +30,6 @@ from data.dataset import (
     flatten,
     in_folder,
     load_dataset,
-    one_line,
     read_codes,
     read_heights,
     warn_of_suspects,
@@ -186,32 +183,27 @@ def label_file(inputs: Path, heights_file: Path | None, output: Path) -> None:
             raise InputError(f"{output}: is an input, expected another name")
     if heights_file:
         claimed = read_heights(heights_file, codes)
-    blocks, work = [], []
-    table = pd.DataFrame({"n": codes.n, "k": codes.k, "m": codes.m})
-    for (n, k, m), rows in table.groupby(["n", "k", "m"]).indices.items():
+    table, blocks = pd.DataFrame({"n": codes.n, "k": codes.k, "m": codes.m}), []
+    groups = table.groupby(["n", "k", "m"]).indices
+    for (n, k, m), rows in groups.items():
         # The entries of all tables that m_heights makes for one code.
         entries = sum(math.comb(n, size) * (n - size) for size in range(k, n - m + 1))
-        parts = np.array_split(rows, math.ceil(len(rows) * entries / LABEL_BLOCK))
-        blocks += parts
-        work += [entries * len(part) for part in parts]
-    workers = joblib.cpu_count() if sum(work) > 3 * LABEL_BLOCK else 1
+        blocks += np.array_split(rows, math.ceil(len(rows) * entries / LABEL_BLOCK))
+    workers = joblib.cpu_count() if len(blocks) > len(groups) else 1
     parts = ((Codes(*(column[rows] for column in codes)),) for rows in blocks)
-    heights, done, rows_done, start = np.empty(len(codes.k)), 0, 0, time.perf_counter()
-    for rows, amount, block in zip(
-        blocks, work, in_parallel(exact_heights, parts, workers), strict=True
-    ):
+    heights, done = np.empty(len(codes.k)), 0
+    for rows, block in zip(blocks, in_parallel(exact_heights, parts, workers), strict=True):
         heights[rows] = block
-        done, rows_done = done + amount, rows_done + len(rows)
-        seconds = time.perf_counter() - start
-        left = timedelta(seconds=round(seconds * (sum(work) / done - 1)))
-        print(f"{rows_done:,} of {len(heights):,} codes, about {left} left", flush=True)
+        done += len(rows)
+        print(f"{done:,} of {len(heights):,} codes", flush=True)
     write_heights(output, codes, heights)
     print(f"{output}: {len(heights):,} heights, {np.isinf(heights).sum():,} of them infinite")
     warn_of_suspects(inputs, codes)
     if heights_file:
         wrong = np.flatnonzero(~are_equal(claimed, heights)).tolist()
-        rows = f": rows {one_line(wrong)}" if wrong else ""
-        print(f"{heights_file}: {len(wrong):,} of {len(heights):,} heights are wrong{rows}")
+        print(f"{heights_file}: {len(wrong):,} of {len(heights):,} heights are wrong")
+        for i in wrong[:10]:
+            print(f"row {i}: found {claimed[i]:.10g}, expected {heights[i]:.10g}")
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -231,12 +223,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--heights", type=Path, metavar="FILE", help="with --label: heights to compare")
     about = "dataset (default: data/augmented.npz), or heights: .csv, .npz, else a pickle"
     add("--output", type=Path, help=about)
-    about = "of each (k, m) group of the dataset (default: %(default)s)"
-    add("--rows", type=int, default=ROWS_PER_GROUP, help=about)
-    add("--seed", type=int, default=SEED, help="(default: %(default)s)")
     given = parser.parse_args(argv)
-    if given.rows < 1 or given.seed < 0:
-        parser.error("--rows, --seed: expected 1 or more rows, and a seed of 0 or more")
     if (given.label and not given.output) or (given.heights and not given.label):
         parser.error("--label, --heights: expected --label INPUTS and --output HEIGHTS beside it")
     output = given.output = given.output or (VERY_LOW if given.very_low else DATASET)
@@ -257,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             codes = very_low_codes()
             make_file(codes, exact_heights(codes), given.output)
         else:
-            data = make_dataset(given.rows, given.seed)
+            data = make_dataset()
             make_file(
                 Codes(np.full(len(data), N), data.k, data.m, data.P), data.height, given.output
             )

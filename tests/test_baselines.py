@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import NARROW
+from conftest import NARROW, ROOT
 
 import train_model_v5 as run5
 from data import rerun_baselines as baselines
@@ -95,8 +95,21 @@ def test_runs_write_their_rows_and_the_report_shows_them(eager, small_npz, small
         table = report.split("Trained on")[1].splitlines()
         (line,) = (line for line in table if line.startswith(f"{run} "))
         assert float(line.split()[-1]) == pytest.approx(part["test_log2_mse"].mean(), rel=0.01)
-    metrics["dataset"]["sha256"] = "another"
-    assert name not in run5.write_report(metrics, tmp_path, csv)
+    others = ({"dataset": metrics["dataset"] | {"sha256": "another"}},)
+    others += ({"settings": metrics["settings"] | {"test_codes": 11}},)
+    for other in others:  # Errors on other sets do not compare.
+        assert name not in run5.write_report(metrics | other, tmp_path, csv)
+
+
+def test_rows_of_own_data_go_beside_the_results(small_npz, tmp_path, monkeypatch):
+    results = json.loads((ROOT / "run_5" / "metrics.json").read_text())
+    results["dataset"]["sha256"] = "own"
+    monkeypatch.setattr(baselines, "train_run", lambda *_: results)
+    before = run5.BASELINES.read_bytes()
+    arguments = ["--data", str(small_npz), "--output", str(tmp_path / "own"), "--runs", "run2"]
+    assert baselines.main(arguments) == 0 == baselines.main(arguments)
+    rows = pd.read_csv(tmp_path / "own" / "baselines.csv")
+    assert run5.BASELINES.read_bytes() == before and (rows["dataset"] == "own").sum() == 9
 
 
 def test_a_run_that_was_stopped_is_resumed(eager, small, tmp_path):

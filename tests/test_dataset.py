@@ -55,14 +55,6 @@ def test_the_shipped_file_is_what_prepare_makes(tmp_path, capsys):
             np.testing.assert_array_equal(file[name], again[name])
 
 
-def test_a_seed_makes_the_same_bytes_and_another_seed_others(tmp_path, short_search):
-    for name, seed in (("one.npz", 3), ("two.npz", 3), ("other.npz", 4)):
-        prepare.main(["--rows", "10", "--seed", str(seed), "--output", str(tmp_path / name)])
-    contents = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert contents.keys() == {"one.npz", "two.npz", "other.npz"}
-    assert contents["one.npz"] == contents["two.npz"] != contents["other.npz"]
-
-
 def test_random_matrices_are_as_described():
     P = random_matrices(np.random.default_rng(0), 40_000, 4, 5)
     largest = np.abs(P).max(axis=(1, 2))
