@@ -77,12 +77,12 @@ class Settings:
     An annotation has the type, the meaning and, for numbers, the least and the largest value.
     """
 
-    data: Annotated[tuple[Path, ...], "npz, or codes and heights, or their folder"] = (DATA,)
-    output: Annotated[Path, "folder for results; with --predict: beside FILE"] = HERE / "run_5"
+    data: Annotated[tuple[Path, ...], "npz; or codes and heights; or their folder"] = (DATA,)
+    output: Annotated[Path, "folder for results (--predict: beside FILE)"] = HERE / "run_5"
     features: Annotated[Literal["basis", "raw"], "features of the code's bases, or P"] = "basis"
-    extra_codes: Annotated[int, "new training codes to make for each training row", 0, 1000] = 4
+    extra_codes: Annotated[int, "new codes to add, times the training rows", 0, 1000] = 4
     test_codes: Annotated[int, "codes of each (k, m) group in the test set", 10, 10**6] = 2000
-    epochs: Annotated[int, "at most; may differ when a run is resumed", 1, 10**6] = 250
+    epochs: Annotated[int, "at most; may be changed on resuming", 1, 10**6] = 250
     batch_size: Annotated[int, "rows in one step of the optimizer", 1, 10**6] = 256
     seed: Annotated[int, "random seed of split, extra codes and training", 0, 2**32 - 1] = 42
     val_fraction: Annotated[float, "share of the codes in the validation set", 0.01, 0.9] = 0.15
@@ -93,10 +93,10 @@ class Settings:
     clipnorm: Annotated[float, "AdamW's largest norm of a gradient tensor", 1e-9, 1e9] = 1.0
     constant_epochs: Annotated[int, "epochs before the rate begins to fall", 0, 10**6] = 10
     decay: Annotated[float, "factor on the rate at the start of each later epoch", 0.01, 1] = 0.95
-    plateau_factor: Annotated[float, "factor on the rate at a plateau", 0.01, 0.99] = 0.7
-    plateau_patience: Annotated[int, "epochs before it, val_loss not 1e-4 lower", 1, 10**6] = 15
-    stop_patience: Annotated[int, "epochs without improvement before stopping", 1, 10**6] = 40
-    stop_min_delta: Annotated[float, "smallest improvement that counts for it", 0, 100] = 0.002
+    plateau_factor: Annotated[float, "cut of the rate when val_loss stands still", 0.01, 0.99] = 0.7
+    plateau_patience: Annotated[int, "epochs of standing still, within 1e-4", 1, 10**6] = 15
+    stop_patience: Annotated[int, "epochs without improvement that end a run", 1, 10**6] = 40
+    stop_min_delta: Annotated[float, "fall of val_loss that is an improvement", 0, 100] = 0.002
     group_weights: Annotated[
         tuple[float, ...], "nine weights in the loss, in the order of the report", 0, 100
     ] = (1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.5, 1.2, 1.5)
@@ -281,8 +281,9 @@ def predict_all(model: keras.Model, codes: Dataset | Codes) -> np.ndarray:
 def simple_predictions(train_set: Dataset, data: Dataset, features: str) -> pd.DataFrame:
     """log2 heights of the rows of `data` without a network, a column for each way, float64.
 
-    mean: of the group's training rows; bound: the largest bound, the first of the basis features;
-    ridge: a regression for each group on all features. All are fitted to the training set alone.
+    mean: of the group's training rows, without those made to be low; bound: the largest bound, the
+    first of the basis features; ridge: a regression for each group on all features. All are fitted
+    to the training set alone.
     """
     table = pd.DataFrame({"mean": np.zeros(len(data))})
     if features == "basis":
@@ -293,7 +294,7 @@ def simple_predictions(train_set: Dataset, data: Dataset, features: str) -> pd.D
             continue
         x, y = train_set.features[fitted].astype("float64"), train_set.log2_height[fitted]
         ridge = make_pipeline(StandardScaler(), Ridge()).fit(x, y)
-        table.loc[rows, "mean"] = y.mean()
+        table.loc[rows, "mean"] = y[~train_set.low[fitted]].mean()
         table.loc[rows, "ridge"] = ridge.predict(data.features[rows])
     return table
 
@@ -635,7 +636,7 @@ Validation set, by which the epoch was chosen
 
 log2-MSE        mean of (log2 predicted - log2 true)^2 in a group; then means of these
 typical factor  2^sqrt(log2-MSE): by so much a prediction is typically too large or too small
-mean            predicting the mean log2 height of the group's training rows
+mean            predicting the mean log2 height of the group's training rows, low extra codes aside
 bound           each basis (information set) bounds the m-height from below; the largest bound
 ridge           a regression for each group on the network's features, fitted to the training set
 in 5%           codes predicted within 5 %; 95%, max: factors within which 95 %, all of them are
