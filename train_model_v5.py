@@ -618,44 +618,35 @@ SAME_SETS = ("test_codes", "val_fraction")  # With the same dataset, test errors
 
 REPORT = """\
 Run 5: the m-height of linear codes of length 9, predicted in log2 from n, k, m and P
-{changed}
-
-log2-MSE on {sets[test]:,} new codes, the best way first. Six of the nine (k,m) groups have
-m < n-k; in the three others the bound is the height.
+{changed}log2-MSE on {sets[test]:,} new codes; six: groups with m < n-k, else the bound is the height
 {headline}
 {targets}
 
-{design}Test set by group (k,m)
-{by_group}
+{design}{by_group}
 
-Trained on this dataset and split, test log2-MSE, mean over the seeds (data/README.md)
 {trainings}
 
-Validation set, by which the epoch was chosen
 {validation}
 
-log2-MSE        mean of (log2 predicted - log2 true)^2 in a group; then means of these
-typical factor  2^sqrt(log2-MSE): by so much a prediction is typically too large or too small
-mean            predicting the mean log2 height of the group's training rows, low extra codes aside
-bound           each basis (information set) bounds the m-height from below; the largest bound
-ridge           a regression for each group on the network's features, fitted to the training set
-in 5%           codes predicted within 5 %; 95%, max: factors within which 95 %, all of them are
-bias            mean of log2 predicted - log2 true
-low codes       the tenth of the test set that is made to have small heights
+log2-MSE   mean of (log2 predicted - log2 true)^2 in a group; for several groups, the mean of these
+factor     typical factor, 2^sqrt(log2-MSE), by which a prediction is too large or too small
+mean       predicting the mean log2 height of the group's training rows, low extra codes aside
+raw P      Run 5 on the entries of P, the design's own input, mean over the seeds
+bound      each basis (information set) bounds the m-height from below; the largest bound
+ridge      a regression for each group on the network's features, fitted to the training set
+in 5%      codes predicted within 5 %; 95%, max: factors within which 95 %, all are; bias: in log2
+low codes  the tenth of the test set that is made to have small heights
+tiers      easy (4,2) (4,3) (5,2), medium (4,4) (5,3) (6,2); six: both; hard (4,5) (5,4) (6,3)
 
-Departures from the design
-- Input: 252 features of the code's bases, clipped at 8 standard deviations, in place of 20 entries
-  of P; the largest bound is added to the softplus. (Not with --features raw.)
-- {extra_codes:,} extra codes for training; an epoch samples {rows_per_epoch:,} training rows.
-- Codes are split, not rows, so that no code is in two sets. There is a test set.
-- Early stopping has a min_delta of {settings[stop_min_delta]}. It can follow on the best epoch.
-- {parameters:,} parameters. The design says 3-4 million, but its layers have 5,630,369 on P.
-
-run       {epochs_run} epochs, {ended}; best epoch {best_epoch}; seed {settings[seed]}
-sets      training {sets[training]:,} rows, validation {sets[validation]:,}, test {sets[test]:,}
+Departures from the design: 252 features of the code's bases, clipped at 8 standard deviations, in
+place of P, and the largest bound added at the output (not with --features raw); {extra_codes:,}
+extra codes, an epoch samples {rows_per_epoch:,} training rows; codes are split, not rows; a test
+set; min_delta {settings[stop_min_delta]}; {parameters:,} parameters, not 3-4 million
+run       {epochs_run} epochs, {ended}
+sets      training {sets[training]:,} rows, validation {sets[validation]:,}, test {sets[test]:,}; \
+seed {settings[seed]}; best epoch {best_epoch}
 dataset   {dataset[file]}, {dataset[rows]:,} rows, {dataset[duplicates]:,} of them duplicates
 heights   {dataset[labels]}; {dataset[infinite]:,} infinite left out, {dataset[suspect]:,} suspect
-sha256    {dataset[sha256]}
 machine   {machine}; {seconds:.0f} s, {finished}
 versions  {packages}, commit {commit}
 """
@@ -705,18 +696,19 @@ def error_statistics(error: np.ndarray) -> dict[str, float]:
     }
 
 
-def group_table(test: pd.DataFrame, low: pd.DataFrame, statistics: dict) -> pd.DataFrame:
-    """Errors by group, as text. test, low: of with_means; statistics: of error_statistics."""
+def group_table(test: pd.DataFrame, low: pd.DataFrame, statistics: dict) -> str:
+    """Errors by group. test, low: of with_means; statistics: of error_statistics."""
     ways = [x for x in ("mean", "raw P", "bound", "ridge", "Run 5") if x in test]
-    error, factor = "{:.4f}".format, "{:.2f}".format
-    columns = {("log2-MSE", x): test[x].map(error) for x in ways}
-    columns |= {("factor", x): (2 ** np.sqrt(test[x])).map(factor) for x in ways[-3:]}
-    of_run = pd.DataFrame(statistics).T
-    columns["Run 5", "in 5%"] = of_run["in 5%"].map("{:.0%}".format)
-    columns |= {("Run 5", x): of_run[x].map(factor) for x in ("95%", "max")}
-    columns["Run 5", "bias"] = of_run["bias"].map("{:+.3f}".format)
-    columns |= {("low codes", x): low[x].map(error) for x in ways[-2:]}
-    return pd.DataFrame(columns).loc[[*test.index[: len(GROUPS)], "six", "all"]]
+    of_run = pd.DataFrame(statistics).T.drop(columns="factor")
+    columns = {("log2-MSE", x): test[x] for x in ways}
+    columns |= {("factor", x): 2 ** np.sqrt(test[x]) for x in ways[-3:]}
+    columns |= {("Run 5", x): of_run[x] for x in of_run}
+    columns |= {("low codes", x): low[x] for x in ways[-2:]}
+    table = pd.DataFrame(columns).loc[[*test.index[: len(GROUPS)], "six", "all"]]
+    formats = {"in 5%": "{:.0%}", "95%": "{:.2f}", "max": "{:.2f}", "bias": "{:+.3f}"}
+    formats = [("{:.2f}" if x == "factor" else formats.get(y, "{:.4f}")).format for x, y in table]
+    table.columns = table.columns.set_names(["test", "k,m"])
+    return table.to_string(formatters=formats)
 
 
 def trainings_table(rows: pd.DataFrame, this: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -753,30 +745,32 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
     defaults = json.loads(json.dumps(asdict(Settings()), default=str))
     changed = [x for x in defaults if x not in ("data", "output", "seed")]
     changed = ", ".join(f"{x} {settings[x]}" for x in changed if settings[x] != defaults[x])
-    changed = f"Settings that are not the default: {changed}" if changed else "Default settings"
-    design, targets = "", "Targets: the design has none for this dataset, split or test set."
+    changed = f"Settings that are not the default: {changed}\n" if changed else ""
+    design, targets = "", "Targets: none for this dataset, split or test set"
     if validation["n"].min() >= 100:  # Below, percentages would say nothing.
-        table = with_means(published).assign(**{"Run 5": validation["Run 5"]})
+        table = with_means(published).drop("six").assign(**{"Run 5": validation["Run 5"]})
         for short, other in (("vs R2", "Run 2"), ("vs R4", "Run 4")):
             table[short] = (table["Run 5"] / table[other] - 1).map("{:+.1%}".format)
-        sums = [tables["validation"]["n"].loc[groups].sum() for groups in TIERS.values()]
+        sums = [tables["validation"]["n"].loc[TIERS[x]].sum() for x in TIERS if x != "six"]
         table["n"] = [*tables["validation"]["n"], *sums]
         table = table.rename_axis(columns="k,m").to_string(float_format="{:.6f}".format)
         design = DESIGN.format(table)
     if len(rows):
         missed = {x: [t for t in TARGETS if not test[x][t] < TARGETS[t]] for x in test}
-        targets = "Targets of the design: " + ", ".join(f"{x} {y:.2f}" for x, y in TARGETS.items())
-        for way in ("Run 5", "ridge"):
-            targets += f"; {way} misses {', '.join(missed[way]) or 'none'}"
-    decimals = {"float_format": "{:.4f}".format, "na_rep": "", "index_names": False}
+        targets = ", ".join(f"{x} {limit:.2f}" for x, limit in TARGETS.items())
+        missed = [f"{x}: {', '.join(missed[x]) or 'none'}" for x in ("Run 5", "ridge")]
+        targets = f"Targets: {targets}; missed by {', by '.join(missed)}"
+    trainings = trainings_table(rows, tables["test"], settings["seed"])
+    validation = validation.loc[[*TIERS], ["ridge", "Run 5"]].T.rename_axis(columns="validation")
+    decimals = {"float_format": "{:.4f}".format, "na_rep": ""}
     text = {
-        "changed": textwrap.fill(changed, 100),
+        "changed": textwrap.fill(changed, 100) + "\n" * bool(changed),
         "headline": headline.to_string(**decimals),
-        "targets": targets,
+        "targets": textwrap.fill(targets, 100),
         "design": design,
-        "by_group": group_table(test, low, results["test_statistics"]).to_string(),
-        "trainings": trainings_table(rows, tables["test"], settings["seed"]).to_string(**decimals),
-        "validation": validation.loc[[*TIERS], ["ridge", "Run 5"]].T.to_string(**decimals),
+        "by_group": group_table(test, low, results["test_statistics"]),
+        "trainings": trainings.rename_axis(columns="trained here, test set").to_string(**decimals),
+        "validation": validation.to_string(**decimals),
         "packages": ", ".join(f"{x} {number}" for x, number in results["versions"].items()),
     }
     report = REPORT.format(**results | results["times"] | text)
