@@ -618,7 +618,7 @@ SAME_SETS = ("test_codes", "val_fraction")  # With the same dataset, test errors
 
 REPORT = """\
 Run 5: the m-height of linear codes of length 9, predicted in log2 from n, k, m and P
-{changed}log2-MSE on {sets[test]:,} new codes; six: groups with m < n-k, else the bound is the height
+{changed}log2-MSE on {sets[test]:,} new codes; six: groups with m < n-k (else the bound is exact)
 {headline}
 {targets}
 
