@@ -48,7 +48,7 @@ import pandas as pd
 import tensorflow as tf
 from keras import callbacks, layers, ops
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
@@ -557,7 +557,7 @@ def why_ended(checkpoint: Checkpoint, settings: Settings) -> str:
         return f"ended by --epochs {len(checkpoint.history)}"
     patience, least = settings.stop_patience, settings.stop_min_delta
     since = len(checkpoint.history) - patience
-    return f"ended after {patience} without an improvement by {least} since epoch {since}"
+    return f"ended after {patience} epochs without an improvement by {least}, since epoch {since}"
 
 
 def commit() -> str:
@@ -847,15 +847,19 @@ def plot_comparison(results: dict, path: Path, baselines: Path = BASELINES) -> N
             left.plot(where, values, "o", color=f"C{color}", markersize=5, label=label)
     left.set_xticks(range(len(TIERS["six"])), [f"k={k}, m={m}" for k, m in TIERS["six"]])
     left.set_yscale("log", base=2)
+    left.yaxis.set_major_locator(LogLocator(2, numticks=20))
     left.yaxis.set_major_formatter("{x:.3g}")
-    left.set(ylabel="log2-MSE, test set (a line up: twice the error)")
+    left.set(ylabel="log2-MSE, test set (each line: twice the error)")
     here = rows.pivot_table("test_log2_mse", ["k", "m"], "run").reindex(columns=[*published])
     both = published.add_suffix(", published").join(here.add_suffix(", here")).dropna(axis=1)
+    both = both.sort_index(axis=1, ascending=False)
     for place, (name, tiers) in enumerate(with_means(both).loc[[*TIERS]].items()):
         right.bar(np.arange(len(TIERS)) + (place - 1.5) / 5, tiers, 0.19, label=name)
     right.set_xticks(range(len(TIERS)), [*TIERS])
     right.set(ylabel="log2-MSE")
-    right.set_title("Run 2, Run 4: published (shared codes), here (new codes)")
+    right.set_title(
+        "Run 2 and Run 4, as published (most codes\nalso in training) and here (new codes)"
+    )
     for panel in (left, right):
         panel.grid(axis="y", alpha=0.3)
         panel.legend()
