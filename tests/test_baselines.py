@@ -92,7 +92,7 @@ def test_runs_write_their_rows_and_the_report_shows_them(eager, small_npz, small
 
     report = run5.write_report(metrics, tmp_path, csv)
     for run, part in rows.groupby("run"):
-        table = report.split("Trained on")[1].splitlines()
+        table = report.split("trained here")[1].splitlines()
         (line,) = (line for line in table if line.startswith(f"{run} "))
         assert float(line.split()[-1]) == pytest.approx(part["test_log2_mse"].mean(), rel=0.01)
     others = ({"dataset": metrics["dataset"] | {"sha256": "another"}},)
