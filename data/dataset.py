@@ -242,11 +242,12 @@ def _checked(source: Path | str, n, k, m, P: np.ndarray, trained: bool) -> Codes
 
 
 def in_folder(path: Path | str, pattern: str) -> Path:
-    """The path itself, or, of a folder, the one file whose name matches, else InputError."""
+    """The path itself, or, of a folder, the one file whose name matches, else InputError. Files of
+    predicted heights, which may lie beside it, do not count."""
     path = Path(path)
     if not path.is_dir():
         return path
-    found = sorted(file for file in path.glob(pattern) if file.is_file())
+    found = sorted(x for x in path.glob(pattern) if x.is_file() and "_predicted" not in x.name)
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise InputError(f"{path}: found {names}, expected one file {pattern}; name the file")

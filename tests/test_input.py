@@ -102,7 +102,6 @@ def test_a_folder_is_taken_for_its_files_of_the_usual_names_whatever_their_suffi
     assert run5.main(["--predict", str(folder), "--heights", str(folder)]) == 0
     predicted = folder / "HW-4-n_k_m_P_predicted.pkl"  # Beside the input.
     assert read_heights(predicted).shape == (360,)
-    predicted.unlink()
     call(prepare.main, "--label", folder, output="exact.csv")
     np.testing.assert_array_equal(read_heights(tmp_path / "exact.csv"), small.height)
     error = call(prepare.main, "--label", tmp_path / "course" / "..", status=2)
