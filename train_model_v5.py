@@ -893,7 +893,7 @@ def predict(
     print(f"{written}: {len(predicted):,} heights")
     if infinite := np.flatnonzero(np.isinf(predicted)).tolist():
         why = "by definition or beyond float32"
-        print(f"{len(infinite):,} of them are infinite, {why}: rows {one_line(infinite)}")
+        print(f"{len(infinite):,} of them infinite, {why}: rows {one_line(infinite)}")
     files.warn_of_suspects(inputs, codes)
     if heights_file:
         finite = np.isfinite(true)
