@@ -196,7 +196,7 @@ class OfMinors(layers.Layer):
 class MinimumDistance(OfMinors):
     """The minimum distance d of the code, (batch, 1): the m-height is infinite for m >= d.
 
-    A codeword can be zero on all of a set S of coordinates exactly when S has no basis inside.
+    A codeword other than 0 can vanish on a set S of coordinates exactly when no basis is inside S.
     """
 
     def of_minors(self, minors, m, k: int):

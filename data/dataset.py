@@ -263,9 +263,10 @@ def _rows_of_dictionary(source: Path | str, dictionary: dict) -> list:
     for key, value in dictionary.items():
         try:
             n, k, m = map(int, re.findall(r"\d+", key) if isinstance(key, str) else key)
+            np.array([n, k, m], dtype=np.int64)  # Raises OverflowError for what is no size.
             value = np.asarray(value) if isinstance(value, _Array) else value
             items = [value] if np.shape(value) in ((), (k, n - k)) else value
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             expected = "expected keys (n, k, m), each with one matrix or height or a list of them"
             found = f"found the key {one_line(key)} with {one_line(value)}"
             raise InputError(f"{source}: {found}, {expected}") from None
@@ -275,6 +276,8 @@ def _rows_of_dictionary(source: Path | str, dictionary: dict) -> list:
 
 def _advice(n: int, k: int, P, array: np.ndarray) -> str:
     """What to do about a P, and the array of it, that is not k by n - k numbers; else ""."""
+    if not array.ndim:
+        return ""
     for place, entry in enumerate(np.asarray(P, dtype=object).flat):
         if isinstance(entry, bool) or not isinstance(entry, numbers.Real):
             row = place // np.shape(P)[-1]

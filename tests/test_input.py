@@ -151,6 +151,8 @@ def test_submissions_of_the_course_are_checked(tmp_path, rows, small, call, key,
         (b"SQLite format 3\0 and more", "SQLite .*README"),
         ([{"n": 9, "k": 4, "m": 2, "P_matrix": P, "m_heights": 2.0}], "P_matrix.*README"),
         ({(9, 4): P}, r"the key \(9, 4\)"),
+        ({(9, 4, np.inf): P}, "the key"),
+        ({(9, 4, 10**30): 2.0}, "the key"),
         ({(9, 4, 2): 7}, "row 0: found"),
         (gzip.compress(b"damaged"), "cannot be read"),
     ],
@@ -211,6 +213,7 @@ def test_a_pickle_may_not_change_what_the_next_one_calls():
 
 NUMBERS = [(8, 4, 2), (9, 4.0, 2), (9, 4, None), (9, 10**5000, 2), (9, 4, 6), (9, 5, 2)]
 MATRICES = [P.ravel()[1:], np.ones((4, 6)), [P.tolist()], [[1, 2], [3]], [["1"] * 5] * 4, P == P]
+MATRICES += [None, "text", 3, {}]
 MATRICES += [np.where(P == 3, x, 2.0) for x in (np.nan, np.inf, 1e60)]
 BAD_ROWS = ["text", [9, 4, 2], *([*x, P] for x in NUMBERS), *([9, 4, 2, x] for x in MATRICES)]
 LENGTHS = [(13, 4, 2, 9), (10, 10, 1, 1), (10, 4, 7, 6), (10, 4, 0, 6), (10, 4, 2, 5)]
@@ -261,6 +264,7 @@ lists = partial(st.lists, max_size=4)
 plain = st.recursive(scalars | pieces, lambda x: lists(x) | st.dictionaries(st.text(), x))
 numbers = st.tuples(st.sampled_from([9, 8, "9"]), st.integers(3, 7), st.integers(1, 6))
 almost = lists(st.builds(lambda x, matrix: [*x, matrix], numbers, st.just(P) | plain))
+almost |= st.dictionaries(numbers | numbers.map(str), plain | lists(st.just(P) | st.floats()))
 whole = npz(k=[4, 4], m=[2, 3], P=flatten(np.stack([P, P])), height=[2.0, 3.0])
 good = st.sampled_from([[[9, 4, 2, P], [9, 4, 3, P]], [2.0, np.float64(3)], whole])
 changes = lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)))
