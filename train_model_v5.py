@@ -6,7 +6,7 @@ trains a residual network on data/augmented.npz and writes the model, its figure
 pictures to run_5/. The same command resumes a run that was killed; --dropout 0 trains without
 dropout; --predict FILE predicts the heights of the codes in a file. On new codes the log2-MSE, mean
 of the six (k, m) groups where a bound is not the height itself, is 0.0096 (one run, seed 42); ridge
-regression on the same features has 0.0200. The run took 41 minutes on two cores of an AMD EPYC that
+regression on the same features has 0.0200. The run took 42 minutes on two cores of an AMD EPYC that
 it shared with other jobs, without a GPU. The file is in the order in which the data flows, from
 settings to main().
 
