@@ -557,7 +557,7 @@ def why_ended(checkpoint: Checkpoint, settings: Settings) -> str:
         return f"ended by --epochs {len(checkpoint.history)}"
     patience, least = settings.stop_patience, settings.stop_min_delta
     since = len(checkpoint.history) - patience
-    return f"ended after {patience} epochs without an improvement by {least}, since epoch {since}"
+    return f"ended: val_loss fell by less than {least} in {patience} epochs after epoch {since}"
 
 
 def commit() -> str:
@@ -610,7 +610,7 @@ TIERS = {
     "easy": [(4, 2), (4, 3), (5, 2)],
     "medium": [(4, 4), (5, 3), (6, 2)],
     "hard": [(4, 5), (5, 4), (6, 3)],  # m = n - k: there the largest bound is the m-height.
-    "six": [(4, 2), (4, 3), (5, 2), (4, 4), (5, 3), (6, 2)],  # All but the hard ones.
+    "six": [(4, 2), (4, 3), (4, 4), (5, 2), (5, 3), (6, 2)],  # All but the hard ones.
     "all": list(GROUPS),
 }
 TARGETS = {"easy": 0.15, "medium": 0.30, "hard": 1.20, "all": 0.35}  # The design's.
@@ -629,19 +629,20 @@ Run 5: the m-height of linear codes of length 9, predicted in log2 from n, k, m 
 {validation}
 
 log2-MSE   mean of (log2 predicted - log2 true)^2 in a group; for several groups, the mean of these
-factor     typical factor, 2^sqrt(log2-MSE), by which a prediction is too large or too small
+factor     typical factor, 2^sqrt(log2-MSE): predictions are typically so much too large or small
 mean       predicting the mean log2 height of the group's training rows, low extra codes aside
-raw P      Run 5 on the entries of P, the design's own input, mean over the seeds
+raw P      Run 5 on the entries of P, the design's input, no extra codes; mean over the seeds
 bound      each basis (information set) bounds the m-height from below; the largest bound
 ridge      a regression for each group on the network's features, fitted to the training set
 in 5%      codes predicted within 5 %; 95%, max: factors within which 95 %, all are; bias: in log2
-low codes  the tenth of the test set that is made to have small heights
+test set   {settings[test_codes]:,} new codes a group; low codes: a tenth made to have small heights
 tiers      easy (4,2) (4,3) (5,2), medium (4,4) (5,3) (6,2); six: both; hard (4,5) (5,4) (6,3)
 
 Departures from the design: 252 features of the code's bases, clipped at 8 standard deviations, in
-place of P, and the largest bound added at the output (not with --features raw); {extra_codes:,}
-extra codes, an epoch samples {rows_per_epoch:,} training rows; codes are split, not rows; a test
-set; min_delta {settings[stop_min_delta]}; {parameters:,} parameters, not 3-4 million
+place of P, and the largest bound added at the output (not with --features raw); codes are split,
+not rows; a test set; {extra_codes:,} extra codes, an epoch samples {rows_per_epoch:,} training \
+rows; min_delta
+{settings[stop_min_delta]} for early stopping; {parameters:,} parameters, not 3-4 million
 run       {epochs_run} epochs, {ended}
 sets      training {sets[training]:,} rows, validation {sets[validation]:,}, test {sets[test]:,}; \
 seed {settings[seed]}; best epoch {best_epoch}
@@ -742,11 +743,11 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
     headline = {"typical factor, six": 2 ** np.sqrt(test.loc["six"]), "six": test.loc["six"]}
     headline |= {"all nine": test.loc["all"], "low codes, six": low.loc["six"]}
     headline = pd.DataFrame(headline).drop("n").sort_values("six")
-    defaults = json.loads(json.dumps(asdict(Settings()), default=str))
-    changed = [x for x in defaults if x not in ("data", "output", "seed")]
-    changed = ", ".join(f"{x} {settings[x]}" for x in changed if settings[x] != defaults[x])
+    defaults = json.loads(json.dumps(asdict(Settings()) | {"data": DATA.name}, default=str))
+    own = settings | {"data": results["dataset"]["file"]}
+    changed = ", ".join(f"{x} {own[x]}" for x in own if own[x] != defaults[x])
     changed = f"Settings that are not the default: {changed}\n" if changed else ""
-    design, targets = "", "Targets: none for this dataset, split or test set"
+    design, targets = "", "Design targets: none for this dataset, split or test set"
     if validation["n"].min() >= 100:  # Below, percentages would say nothing.
         table = with_means(published).drop("six").assign(**{"Run 5": validation["Run 5"]})
         for short, other in (("vs R2", "Run 2"), ("vs R4", "Run 4")):
@@ -759,7 +760,7 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
         missed = {x: [t for t in TARGETS if not test[x][t] < TARGETS[t]] for x in test}
         targets = ", ".join(f"{x} {limit:.2f}" for x, limit in TARGETS.items())
         missed = [f"{x}: {', '.join(missed[x]) or 'none'}" for x in ("Run 5", "ridge")]
-        targets = f"Targets: {targets}; missed by {', by '.join(missed)}"
+        targets = f"Design targets: {targets}; missed by {', by '.join(missed)}"
     trainings = trainings_table(rows, tables["test"], settings["seed"])
     validation = validation.loc[[*TIERS], ["ridge", "Run 5"]].T.rename_axis(columns="validation")
     decimals = {"float_format": "{:.4f}".format, "na_rep": ""}
@@ -796,9 +797,10 @@ def plot_history(results: dict, path: Path) -> None:
     label = f"ridge regression, mean of the rows: {ridge:.4f}"
     panel.axhline(ridge, color="C2", linestyle="--", label=label)
     panel.set(xlabel="epoch", ylabel="MSE of log2 height", yscale="log")
-    panel.set_title(f"Run 5: training {results['ended']}")
+    panel.set_title(f"Training {results['ended']}")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:g}")
     panel.grid(which="both", alpha=0.3)
     panel.legend()
     figure.savefig(path, dpi=120)
@@ -818,7 +820,7 @@ def plot_predictions(test_set: Dataset, predicted: np.ndarray, path: Path) -> No
             panel.scatter(true[rows], error[rows], 6, color, alpha=0.4, linewidths=0, label=name)
         figures = error_statistics(error[group])
         within = f"95 % within a factor of {figures['95%']:.2f}, bias {figures['bias']:+.3f}"
-        panel.set_title(f"k={k}, m={m}: {within}", fontsize="medium")
+        panel.set_title(f"k={k}, m={m}: {within}", fontsize="small")
         panel.grid(alpha=0.3)
     panel.legend(markerscale=3)
     figure.supxlabel("true log2 height")
@@ -835,37 +837,47 @@ def plot_comparison(results: dict, path: Path, baselines: Path = BASELINES) -> N
     test = pd.DataFrame(results["errors"]["test"]).set_index(["k", "m"])
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    raw = rows[rows["run"] == "Run 5 on raw P"].set_index(["k", "m"])["test_log2_mse"]
     names = {"mean": "mean of the group", "raw": "Run 5 on raw P", "bound": "lower bound"}
     names |= {"ridge": "ridge regression", "run5": "Run 5"}
     for color, (way, name) in enumerate(names.items()):
-        errors = raw if way == "raw" else test.get(way, raw[:0])
-        for place, group in enumerate(TIERS["six"]):
-            values = errors[errors.index == group]
-            label = name if place == 0 and len(values) else None
-            where = np.full(len(values), place + (color - 2) / 10)
-            left.plot(where, values, "o", color=f"C{color}", markersize=5, label=label)
+        seeds = rows[rows["run"] == name].set_index(["k", "m"])["test_log2_mse"]
+        errors = test[way] if way in test else seeds.groupby(["k", "m"]).mean()
+        large = {"color": f"C{color}", "label": name}
+        small = {"color": "black", "markersize": 2}
+        if name == "Run 5":
+            small["label"] = "single seeds"
+        for marks, look in ((errors, large), (seeds, small)):
+            marks = marks[marks.index.isin(TIERS["six"])]
+            where = [TIERS["six"].index(group) + (color - 2) / 10 for group in marks.index]
+            if len(marks):
+                left.plot(where, marks, "o", **look)
     left.set_xticks(range(len(TIERS["six"])), [f"k={k}, m={m}" for k, m in TIERS["six"]])
     left.set_yscale("log", base=2)
     left.yaxis.set_major_locator(LogLocator(2, numticks=20))
-    left.yaxis.set_major_formatter("{x:.3g}")
-    left.set(ylabel="log2-MSE, test set (each line: twice the error)")
-    here = rows.pivot_table("test_log2_mse", ["k", "m"], "run").reindex(columns=[*published])
-    both = published.add_suffix(", published").join(here.add_suffix(", here")).dropna(axis=1)
-    both = both.sort_index(axis=1, ascending=False)
-    for place, (name, tiers) in enumerate(with_means(both).loc[[*TIERS]].items()):
-        right.bar(np.arange(len(TIERS)) + (place - 1.5) / 5, tiers, 0.19, label=name)
-    right.set_xticks(range(len(TIERS)), [*TIERS])
-    right.set(ylabel="log2-MSE")
-    right.set_title(
-        "Run 2 and Run 4, as published (most codes\nalso in training) and here (new codes)"
-    )
-    for panel in (left, right):
-        panel.grid(axis="y", alpha=0.3)
-        panel.legend()
+    left.yaxis.set_major_formatter("{x:.2g}")
+    left.set_ylabel("log2-MSE, test set (each line: twice the error)")
+    left.set_xlabel("In the other groups, those with m = n - k, the lower bound is the height")
     factors = {x: 2 ** np.sqrt(test.loc[TIERS["six"], x].mean()) for x in names if x in test}
     factors = ", ".join(f"{names[x]} {factors[x]:.2f}" for x in reversed(factors))
     left.set_title(f"Predictions are typically off by a factor of\n{factors}")
+
+    here = rows.pivot_table("test_log2_mse", ["k", "m"], "run").reindex(columns=[*published])
+    both = published.add_suffix(", published").join(here.add_suffix(", here")).dropna(axis=1)
+    means = with_means(both).loc[[*TIERS]]
+    colors = {"Run 2, published": "lightblue", "Run 2, here": "C0"}
+    colors |= {"Run 4, published": "moccasin", "Run 4, here": "C1"}
+    for place, name in enumerate(x for x in colors if x in means):
+        where = np.arange(len(TIERS)) + place / 5 - 0.3
+        right.bar(where, means[name], 0.19, color=colors[name], label=name)
+    right.set_xticks(range(len(TIERS)), [*TIERS])
+    right.set(ylabel="log2-MSE", title="Run 2 and Run 4 as published")
+    if len(means.columns) == len(colors):
+        times = [means[f"{x}, here"]["all"] / means[f"{x}, published"]["all"] for x in published]
+        claim = "Run 2 and Run 4: on new codes {:.1f} and {:.1f} times\nthe published error"
+        right.set_title(claim.format(*times))
+    for panel in (left, right):
+        panel.grid(axis="y", alpha=0.3)
+        panel.legend()
     figure.savefig(path, dpi=120)
 
 
