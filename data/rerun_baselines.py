@@ -98,11 +98,8 @@ def build_run4(P_train: np.ndarray, width: float = 1.0) -> keras.Model:
     gate = layers.Dense(3, activation="softmax")(layers.Concatenate()([k, m]))
     P = dense(P, 512 * width, 0.25)
     experts = []
-    for heads, key_width, size, rate in (
-        (4, 64, 256, 0.35),
-        (8, 64, 512, 0.4),
-        (16, 128, 768, 0.4),
-    ):
+    sizes = ((4, 64, 256, 0.35), (8, 64, 512, 0.4), (16, 128, 768, 0.4))
+    for heads, key_width, size, rate in sizes:
         x = dense(attention(P, heads, key_width, 0.15), size * width, rate)
         x = dense(dense(x, size * width), 512 * width, norm=False)
         experts.append(x)
@@ -152,10 +149,8 @@ def train_run(run: str, dataset: Dataset, settings: run5.Settings, work: Path) -
     optimizer, schedule, plateau, stopping = run5.optimizer_and_callbacks(settings)
     schedule = callbacks.LearningRateScheduler(cosine) if run == "run4" else schedule
     plateau.min_lr = least_rate
-    how, batches = (
-        (optimizer, schedule, plateau, stopping),
-        run5.Batches(sets["training"], settings),
-    )
+    how = (optimizer, schedule, plateau, stopping)
+    batches = run5.Batches(sets["training"], settings)
     run5.train(network, *how, batches, sets["validation"], checkpoint)
     errors, _ = run5.evaluate(run5.height_model(network, "raw"), sets, "raw")
     return {
