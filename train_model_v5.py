@@ -15,13 +15,13 @@ which comes from a course (CSCE 636). "Low codes" are made to have small heights
 """
 
 import argparse
+import contextlib
 import io
 import json
 import logging
 import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -40,7 +40,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Else a missing GPU is logg
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # Else off without AVX-512; a third faster.
 os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")  # Some network file systems have no locks.
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "Agg"  # That of a notebook which starts us may not be installed.
+    os.environ["MPLBACKEND"] = "Agg"  # A notebook's backend may be inherited but not installed.
 
 import keras
 import numpy as np
@@ -79,8 +79,10 @@ class Settings:
 
     data: Annotated[tuple[Path, ...], "npz; or codes and heights; or their folder"] = (DATA,)
     output: Annotated[Path, "folder for results (--predict: beside FILE)"] = HERE / "run_5"
-    features: Annotated[Literal["basis", "raw"], "features of the code's bases, or P"] = "basis"
-    extra_codes: Annotated[int, "new codes to add, times the training rows", 0, 1000] = 4
+    features: Annotated[Literal["basis", "raw"], "of the code's bases, or the entries of P"] = (
+        "basis"
+    )
+    extra_codes: Annotated[int, "new training codes for each training row", 0, 1000] = 4
     test_codes: Annotated[int, "codes of each (k, m) group in the test set", 10, 10**6] = 2000
     epochs: Annotated[int, "at most; may be changed on resuming", 1, 10**6] = 250
     batch_size: Annotated[int, "rows in one step of the optimizer", 1, 10**6] = 256
@@ -90,13 +92,15 @@ class Settings:
     dropout: Annotated[float, "factor on every dropout rate, 0 for none", 0, 3] = 1.0
     learning_rate: Annotated[float, "AdamW's rate at the start", 0, 1] = 1e-3
     weight_decay: Annotated[float, "AdamW's decoupled weight decay", 0, 1] = 1e-4
-    clipnorm: Annotated[float, "AdamW's largest norm of a gradient tensor", 1e-9, 1e9] = 1.0
+    clipnorm: Annotated[float, "norm to which each gradient tensor is clipped", 1e-9, 1e9] = 1.0
     constant_epochs: Annotated[int, "epochs before the rate begins to fall", 0, 10**6] = 10
     decay: Annotated[float, "factor on the rate at the start of each later epoch", 0.01, 1] = 0.95
-    plateau_factor: Annotated[float, "cut of the rate when val_loss stands still", 0.01, 0.99] = 0.7
-    plateau_patience: Annotated[int, "epochs of standing still, within 1e-4", 1, 10**6] = 15
+    plateau_factor: Annotated[float, "factor on the rate at a plateau of val_loss", 0.01, 0.99] = (
+        0.7
+    )
+    plateau_patience: Annotated[int, "epochs without a fall by 1e-4: a plateau", 1, 10**6] = 15
     stop_patience: Annotated[int, "epochs without improvement that end a run", 1, 10**6] = 40
-    stop_min_delta: Annotated[float, "fall of val_loss that is an improvement", 0, 100] = 0.002
+    stop_min_delta: Annotated[float, "smallest fall of val_loss that counts", 0, 100] = 0.002
     group_weights: Annotated[
         tuple[float, ...], "nine weights in the loss, in the order of the report", 0, 100
     ] = (1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.5, 1.2, 1.5)
@@ -117,7 +121,8 @@ def split_dataset(dataset: Dataset, val_fraction: float = 0.15, seed: int = 42) 
     row in one of the two sets.
     """
     _, first, code = np.unique(dataset.key, return_index=True, return_inverse=True)
-    numbers, strata = np.arange(len(first)), -dataset.group[first]  # The split depends on the sign.
+    # The sign only keeps the split on which the rows of baselines.csv stand.
+    numbers, strata = np.arange(len(first)), -dataset.group[first]
     try:
         held_out = train_test_split(
             numbers, test_size=val_fraction, random_state=seed, stratify=strata
@@ -157,14 +162,15 @@ def make_sets(dataset: Dataset, settings: Settings) -> dict[str, Dataset]:
 
 
 class OfMinors(layers.Layer):
-    """What follows from the maximal minors of G, computed for the codes of each k apart.
+    """Base of layers that are computed from the maximal minors of G, for the codes of each k apart.
 
     Called with k and m, integers of shape (batch, 1), and P_matrix, float64 of shape (batch, 20).
     Returns what `of_minors` returns, (batch, WIDTH). The minors are float64: they reach 2.4e9, and
-    it matters whether one is 0 or 1.
+    it matters whether one is 0 or 1. Those that rounding can have made, relative to the permanent
+    of the same entries' sizes, are 0: of integers within 2000 none is.
     """
 
-    WIDTH = 1
+    WIDTH, ROUNDING = 1, 2e-15
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs | {"dtype": "float64"})
@@ -183,9 +189,11 @@ class OfMinors(layers.Layer):
         """|det G_B| for the bases B of itertools.combinations, (bases, rows). P: (rows, 20)."""
         r, take = N - k, partial(ops.take, axis=0)
         entries = ops.transpose(ops.cast(P, "float64")[:, : k * r])
-        minors = heights.expand(entries, heights.minor_tables(k, r), -1, take)
-        minors = ops.concatenate([ops.ones_like(entries[:1]), *minors])
-        return ops.abs(take(minors, heights.minor_order(k, r)))
+        tables, one = heights.minor_tables(k, r), ops.ones_like(entries[:1])
+        minors = ops.abs(ops.concatenate([one, *heights.expand(entries, tables, -1, take)]))
+        sizes = ops.concatenate([one, *heights.expand(ops.abs(entries), tables, +1, take)])
+        minors = ops.where(minors > self.ROUNDING * sizes, minors, 0.0)
+        return take(minors, heights.minor_order(k, r))
 
     def of_minors(self, minors, m, k: int):
         """The output, (rows, WIDTH), for codes of one k. minors: (bases, rows); m: (rows,)."""
@@ -214,11 +222,11 @@ class BasisFeatures(OfMinors):
     """Two numbers for each basis (information set) B of the code: 252 features.
 
     A basis is a set of k coordinates with G_B invertible. For a coordinate a outside B let M[B, a]
-    = max(1, || G_B^-1 g_a ||_1): codewords c within 1 on B have |c_a| <= M[B, a], and one reaches
+    = max(1, || G_B^-1 g_a ||_1): codewords c within 1 on B have |c_a| <= M[B, a], and one attains
     the norm. Let rho_B be the largest M[B, a] and s_B the (n - k - m)-th smallest, or 1 for
-    m = n - k. The codeword of rho_B, divided by s_B, is within 1 on n - m coordinates, so that
-    rho_B / s_B is a lower bound of the m-height. With the bases sorted by this bound, and those
-    within 0.002 of each other by rho_B, the features are, in log2:
+    m = n - k. The codeword that attains rho_B, divided by s_B, is within 1 on n - m coordinates, so
+    that rho_B / s_B is a lower bound of the m-height. With the bases sorted by this bound, and
+    those within 0.002 of each other by rho_B, the features are, in log2:
 
       126     the largest bound; how far the bound of every other basis is below it, at most LIMIT
       126     rho_B of the same bases, relative to the largest bound, within LIMIT of it
@@ -267,7 +275,7 @@ def feature_model(features: str) -> keras.Model:
 def predict_all(model: keras.Model, codes: Dataset | Codes) -> np.ndarray:
     """What feature_model or height_model give for these codes, float32 (rows, outputs).
 
-    By batches, since Model.predict takes two seconds to end.
+    By batches, since Model.predict can wait for two seconds at its end.
     """
     inputs = [np.full((len(codes.k), 1), N), codes.k[:, None], codes.m[:, None], codes.P]
     steps = range(0, len(codes.k), PREDICTION_BATCH)
@@ -281,9 +289,9 @@ def predict_all(model: keras.Model, codes: Dataset | Codes) -> np.ndarray:
 def simple_predictions(train_set: Dataset, data: Dataset, features: str) -> pd.DataFrame:
     """log2 heights of the rows of `data` without a network, a column for each way, float64.
 
-    mean: of the group's training rows, without those made to be low; bound: the largest bound, the
-    first of the basis features; ridge: a regression for each group on all features. All are fitted
-    to the training set alone.
+    mean: of the group's training rows, without low extra codes; bound: the largest bound, the first
+    of the basis features; ridge: a regression for each group on all features. All are fitted to the
+    training set alone.
     """
     table = pd.DataFrame({"mean": np.zeros(len(data))})
     if features == "basis":
@@ -428,8 +436,8 @@ def load_trained(path: Path) -> keras.Model:
 # --- training -------------------------------------------------------------------------------------
 
 
-def lr_schedule(epoch: int, lr: float, constant_epochs: int = 10, decay: float = 0.95) -> float:
-    """The optimizer's present rate, decayed from some epoch (from 0) on; plateau cuts stay."""
+def lr_schedule(epoch: int, lr: float, constant_epochs: int, decay: float) -> float:
+    """The current learning rate, times `decay` from epoch `constant_epochs` (from 0) on."""
     return lr if epoch < constant_epochs else lr * decay
 
 
@@ -470,10 +478,10 @@ class Batches(keras.utils.PyDataset):
 
 
 class Checkpoint(callbacks.Callback):
-    """The design's ModelCheckpoint. After each epoch it writes one file, from which a run resumes.
+    """Writes one file after each epoch, from which a run resumes: the design's ModelCheckpoint.
 
-    The file holds the run's settings, the history, the seconds spent, whether early stopping has
-    come, all variables of network and optimizer, and the weights of the epoch with the lowest
+    The file holds the run's settings, the history, the seconds spent, whether early stopping ended
+    the run, all variables of network and optimizer, and the weights of the epoch with the lowest
     val_loss. The state of EarlyStopping and ReduceLROnPlateau follows from the history, which is
     replayed to them; rows and order of an epoch follow from the seed. Raises InputError for a
     damaged file and for one of a run with other settings.
@@ -535,11 +543,12 @@ class Checkpoint(callbacks.Callback):
             temporary.write_bytes(content.getbuffer())
 
         to_stop = self.stopping.patience - self.stopping.wait
-        left = min(to_stop, self.params["epochs"] - epoch - 1)
+        to_end = self.params["epochs"] - epoch - 1
+        left = min(to_stop, to_end)
         duration = timedelta(seconds=round(left * self.seconds / (epoch + 1)))
         text = f"epoch {epoch + 1}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}; "
         text += f"ends in {left} epochs ({duration})"
-        if left == to_stop:
+        if 0 < to_stop < to_end:
             below = self.stopping.best - abs(self.stopping.min_delta)  # Keras negates min_delta.
             text += f", or later if val_loss falls below {below:.4f}"
         print(text, flush=True)
@@ -587,7 +596,7 @@ def train(network, optimizer, schedule, plateau, stopping, batches, val_set, che
     # On a GPU XLA is not deterministic.
     network.compile(optimizer, "mean_squared_error", jit_compile=not GPUS)
     optimizer.build(network.trainable_variables)
-    checkpoint.plateau, checkpoint.stopping = plateau, stopping  # It comes after them in fit.
+    checkpoint.plateau, checkpoint.stopping = plateau, stopping  # It runs after them in fit.
     sample = callbacks.LambdaCallback(on_epoch_begin=batches.start_epoch)
     if not checkpoint.stopped and len(checkpoint.history) < batches.settings.epochs:
         network.fit(
@@ -672,7 +681,7 @@ def read_baselines(path: Path = BASELINES) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def rows_to_compare(rows: pd.DataFrame, results: dict) -> pd.DataFrame:
-    """Those rows of read_baselines that have the dataset, the split and the test set of a run."""
+    """Those rows of read_baselines that have the dataset and the test set of a run."""
     same = [rows["dataset"] == results["dataset"]["sha256"]]
     same += [rows[x] == results["settings"][x] for x in SAME_SETS]
     return rows[np.all(same, axis=0)]
@@ -756,9 +765,11 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
         table = table.rename_axis(columns="k,m").to_string(float_format="{:.6f}".format)
         design = DESIGN.format(table)
     if len(rows):
-        missed = {x: [t for t in TARGETS if not test[x][t] < TARGETS[t]] for x in test}
         targets = ", ".join(f"{x} {limit:.2f}" for x, limit in TARGETS.items())
-        missed = [f"{x}: {', '.join(missed[x]) or 'none'}" for x in ("Run 5", "ridge")]
+        missed = {
+            x: [t for t in TARGETS if not test[x][t] < TARGETS[t]] for x in ("Run 5", "ridge")
+        }
+        missed = [f"{x}: {', '.join(names) or 'none'}" for x, names in missed.items()]
         targets = f"Design targets: {targets}; missed by {', by '.join(missed)}"
     trainings = trainings_table(rows, tables["test"], settings["seed"])
     validation = validation.loc[[*TIERS], ["ridge", "Run 5"]].T.rename_axis(columns="validation")
@@ -1026,7 +1037,9 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
         with replacing(settings.output / name, work) as path:
             write(path)
     print(f"\n{write_report(results, settings.output)}\nresults are in {settings.output}")
-    shutil.rmtree(work, ignore_errors=True)  # NFS can keep files that are open.
+    checkpoint.path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # Other files may be in it, or some that NFS keeps.
+        work.rmdir()
 
 
 def number(kind: type, least: float, most: float) -> Callable[[str], float]:
@@ -1064,8 +1077,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, argpar
     add = parser.add_argument
     add("--fresh", action="store_true", help="drop an unfinished run and start anew")
     choices = ("check", "trust", "relabel")
-    help = "check the file's heights, trust them, or take exact ones instead"
-    add("--labels", choices=choices, default="check", help=help)
+    meaning = "check the file's heights, trust them, or take exact ones instead"
+    add("--labels", choices=choices, default="check", help=meaning)
     add("--predict", type=Path, metavar="FILE", help="only predict heights, of the codes in FILE")
     add("--heights", type=Path, metavar="FILE", help="with --predict: true heights, to compare")
     add("--model", type=Path, metavar="FILE", help="with --predict: a model other than in run_5/")
@@ -1080,13 +1093,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for what cannot be used or written, 130 for Ctrl-C."""
     for name in ("absl", "tensorflow"):  # They warn of the h5 format and of several models.
         logging.getLogger(name).setLevel("ERROR")
-    if sys.stdout is None or sys.stdout.closed:
-        sys.stdout = io.StringIO()  # Else printing would fail.
     settings, given = parse_arguments(argv)
     try:
         if given.predict:
             model = given.model or TRAINED
-            output = settings.output if settings.output != Settings.output else None
+            output = None if settings.output is Settings.output else settings.output
             predict(given.predict, given.heights, given.labels, model, output)
         else:
             run(settings, given.fresh, given.labels)
@@ -1094,7 +1105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"train_model_v5.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train_model_v5.py: interrupted; the same command resumes a run", file=sys.stderr)
+        print(
+            "train_model_v5.py: interrupted; training resumes by the same command", file=sys.stderr
+        )
         return 130
     return 0
 

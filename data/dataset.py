@@ -61,9 +61,10 @@ class Dataset:
     """Labelled codes of length N, row by row.
 
     k, m: int64 (rows,); P: (rows, P_WIDTH), as in Codes; height: float64 (rows,); key: (rows,), of
-    code_keys, equal for equivalent codes; low: bool (rows,), made to have a small height; features:
-    input of the network in place of P, float32 (rows, width), or None; about: file, sha256, rows,
-    duplicates, rows of infinite height left out, origin of the labels.
+    code_keys, equal for equivalent codes; low: bool (rows,), made to have a small height, False for
+    all rows of a file; features: input of the network in place of P, float32 (rows, width), or
+    None; about: file, sha256, rows, duplicates, rows of infinite height left out, origin of the
+    labels.
     """
 
     k: np.ndarray
