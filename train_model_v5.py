@@ -866,7 +866,7 @@ def plot_comparison(results: dict, path: Path, baselines: Path = BASELINES) -> N
     left.set_yscale("log", base=2)
     left.yaxis.set_major_locator(LogLocator(2, numticks=20))
     left.yaxis.set_major_formatter("{x:.2g}")
-    left.set_ylabel("log2-MSE, test set (each line: twice the error)")
+    left.set_ylabel("log2-MSE, test set (each line doubles it)")
     left.set_xlabel("In the other groups, those with m = n - k, the lower bound is the height")
     factors = {x: 2 ** np.sqrt(test.loc[TIERS["six"], x].mean()) for x in names if x in test}
     factors = ", ".join(f"{names[x]} {factors[x]:.2f}" for x in reversed(factors))
