@@ -578,25 +578,27 @@ def commit() -> str:
 
 
 def optimizer_and_callbacks(s: Settings) -> tuple:
-    """The design's AdamW, LearningRateScheduler, ReduceLROnPlateau and EarlyStopping."""
+    """The design's AdamW; then its LearningRateScheduler, ReduceLROnPlateau and EarlyStopping."""
+    optimizer = keras.optimizers.AdamW(
+        s.learning_rate, weight_decay=s.weight_decay, clipnorm=s.clipnorm
+    )
     schedule = partial(lr_schedule, constant_epochs=s.constant_epochs, decay=s.decay)
-    return (
-        keras.optimizers.AdamW(s.learning_rate, weight_decay=s.weight_decay, clipnorm=s.clipnorm),
+    return optimizer, [
         callbacks.LearningRateScheduler(schedule),
         callbacks.ReduceLROnPlateau("val_loss", s.plateau_factor, s.plateau_patience),
         callbacks.EarlyStopping("val_loss", s.stop_min_delta, s.stop_patience),
-    )
+    ]
 
 
-def train(network, optimizer, schedule, plateau, stopping, batches, val_set, checkpoint) -> None:
+def train(network, optimizer, design_callbacks, batches, val_set, checkpoint) -> None:
     """Start or resume training; at its end the network has the weights of the best epoch.
 
-    optimizer, schedule, plateau, stopping: as optimizer_and_callbacks gives them.
+    optimizer, design_callbacks: what optimizer_and_callbacks returns.
     """
     # On a GPU XLA is not deterministic.
     network.compile(optimizer, "mean_squared_error", jit_compile=not GPUS)
     optimizer.build(network.trainable_variables)
-    checkpoint.plateau, checkpoint.stopping = plateau, stopping  # It runs after them in fit.
+    _, checkpoint.plateau, checkpoint.stopping = design_callbacks  # They run before it in fit.
     sample = callbacks.LambdaCallback(on_epoch_begin=batches.start_epoch)
     if not checkpoint.stopped and len(checkpoint.history) < batches.settings.epochs:
         network.fit(
@@ -605,7 +607,7 @@ def train(network, optimizer, schedule, plateau, stopping, batches, val_set, che
             epochs=batches.settings.epochs,
             validation_data=(network_inputs(val_set), val_set.log2_height[:, None]),
             validation_batch_size=PREDICTION_BATCH,
-            callbacks=[sample, schedule, plateau, stopping, checkpoint],
+            callbacks=[sample, *design_callbacks, checkpoint],
             shuffle=False,
             verbose=0,
         )
@@ -850,16 +852,16 @@ def plot_comparison(results: dict, path: Path, baselines: Path = BASELINES) -> N
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     names = {"mean": "mean of the group", "raw": "Run 5 on raw P", "bound": "lower bound"}
     names |= {"ridge": "ridge regression", "run5": "Run 5"}
-    for color, (way, name) in enumerate(names.items()):
+    for place, (way, name) in enumerate(names.items()):
         seeds = rows[rows["run"] == name].set_index(["k", "m"])["test_log2_mse"]
         errors = test[way] if way in test else seeds.groupby(["k", "m"]).mean()
-        large = {"color": f"C{color}", "label": name}
+        large = {"color": f"C{place}", "label": name}
         small = {"color": "black", "markersize": 2}
         if name == "Run 5":
             small["label"] = "single seeds"
         for marks, look in ((errors, large), (seeds, small)):
             marks = marks[marks.index.isin(TIERS["six"])]
-            where = [TIERS["six"].index(group) + (color - 2) / 10 for group in marks.index]
+            where = [TIERS["six"].index(group) + (place - 2) / 10 for group in marks.index]
             if len(marks):
                 left.plot(where, marks, "o", **look)
     left.set_xticks(range(len(TIERS["six"])), [f"k={k}, m={m}" for k, m in TIERS["six"]])
@@ -999,8 +1001,8 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
         tf.config.experimental.enable_op_determinism()
     network = build_network(sets["training"].features, settings)
     batches = Batches(sets["training"], settings)
-    optimizer, schedule, plateau, stopping = optimizer_and_callbacks(settings)
-    train(network, optimizer, schedule, plateau, stopping, batches, sets["validation"], checkpoint)
+    optimizer, design_callbacks = optimizer_and_callbacks(settings)
+    train(network, optimizer, design_callbacks, batches, sets["validation"], checkpoint)
 
     model = height_model(network, settings.features)
     errors, predicted = evaluate(model, sets, settings.features)

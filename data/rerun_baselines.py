@@ -146,12 +146,11 @@ def train_run(run: str, dataset: Dataset, settings: run5.Settings, work: Path) -
     keras.utils.clear_session()
     keras.utils.set_random_seed(settings.seed)
     network = build(sets["training"].features, settings.width)
-    optimizer, schedule, plateau, stopping = run5.optimizer_and_callbacks(settings)
+    optimizer, (schedule, plateau, stopping) = run5.optimizer_and_callbacks(settings)
     schedule = callbacks.LearningRateScheduler(cosine) if run == "run4" else schedule
     plateau.min_lr = least_rate
-    how = (optimizer, schedule, plateau, stopping)
-    batches = run5.Batches(sets["training"], settings)
-    run5.train(network, *how, batches, sets["validation"], checkpoint)
+    used, batches = [schedule, plateau, stopping], run5.Batches(sets["training"], settings)
+    run5.train(network, optimizer, used, batches, sets["validation"], checkpoint)
     errors, _ = run5.evaluate(run5.height_model(network, "raw"), sets, "raw")
     return {
         "errors": {x: table.reset_index().to_dict("records") for x, table in errors.items()},
