@@ -844,55 +844,45 @@ def plot_predictions(test_set: Dataset, predicted: np.ndarray, path: Path) -> No
 
 def plot_comparison(results: dict, path: Path, baselines: Path = BASELINES) -> None:
     """Left: the test error of each way to predict, in the six groups where the bound is not the
-    height. Right: Run 2 and Run 4 as published, and trained on this dataset and split."""
+    height. Right: Run 2 and Run 4 as published, and trained on this dataset."""
     published, rows = read_baselines(baselines)
     rows = rows_to_compare(rows, results)
-    test = pd.DataFrame(results["errors"]["test"]).set_index(["k", "m"])
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    runs = rows.pivot(index=["k", "m"], columns=["run", "seed"], values="test_log2_mse")
     names = {"mean": "mean of the group", "raw": "Run 5 on raw P", "bound": "lower bound"}
     names |= {"ridge": "ridge regression", "run5": "Run 5"}
-    for place, (way, name) in enumerate(names.items()):
-        seeds = rows[rows["run"] == name].set_index(["k", "m"])["test_log2_mse"]
-        errors = test[way] if way in test else seeds.groupby(["k", "m"]).mean()
-        large = {"color": f"C{place}", "label": name}
-        small = {"color": "black", "markersize": 2}
-        if name == "Run 5":
-            small["label"] = "single seeds"
-        for marks, look in ((errors, large), (seeds, small)):
-            marks = marks[marks.index.isin(TIERS["six"])]
-            where = [TIERS["six"].index(group) + (place - 2) / 10 for group in marks.index]
-            if len(marks):
-                left.plot(where, marks, "o", **look)
+    errors = pd.DataFrame(results["errors"]["test"]).set_index(["k", "m"]).rename(columns=names)
+    if "Run 5 on raw P" in runs:
+        errors["Run 5 on raw P"] = runs["Run 5 on raw P"].mean(axis=1)
+    errors = errors.loc[TIERS["six"], [x for x in names.values() if x in errors]]
+
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    errors.reset_index(drop=True).plot(ax=left, style="o")
+    for name in {"Run 5 on raw P", "Run 5"} & {*rows["run"]}:
+        left.plot(runs[name].loc[TIERS["six"]].to_numpy(), "k.", markersize=3)
     left.set_xticks(range(len(TIERS["six"])), [f"k={k}, m={m}" for k, m in TIERS["six"]])
     left.set_yscale("log", base=2)
     left.yaxis.set_major_locator(LogLocator(2, numticks=20))
     left.yaxis.set_major_formatter("{x:.2g}")
     left.set_ylabel("log2-MSE, test set (each line doubles it)")
-    left.set_xlabel("In the other groups, those with m = n - k, the lower bound is the height")
-    factors = {x: 2 ** np.sqrt(test.loc[TIERS["six"], x].mean()) for x in names if x in test}
-    factors = ", ".join(f"{names[x]} {factors[x]:.2f}" for x in reversed(factors))
-    left.set_title(f"Predictions are typically off by a factor of\n{factors}")
-
-    here = rows.pivot_table("test_log2_mse", ["k", "m"], "run").reindex(columns=[*published])
-    both = published.add_suffix(", published").join(here.add_suffix(", here")).dropna(axis=1)
-    means = with_means(both).loc[["easy", "medium", "hard", "all"]]
-    colors = {"Run 2, published": "lightblue", "Run 2, here": "C0"}
-    colors |= {"Run 4, published": "moccasin", "Run 4, here": "C1"}
-    for place, name in enumerate(x for x in colors if x in means):
-        where = np.arange(len(means)) + place / 5 - 0.3
-        right.bar(where, means[name], 0.19, color=colors[name], label=name)
-    right.set_xticks(range(len(means)), means.index)
-    right.set(ylabel="log2-MSE", title="Run 2 and Run 4 as published")
-    if len(means.columns) == len(colors):
-        times = [means[f"{x}, here"]["all"] / means[f"{x}, published"]["all"] for x in published]
-        claim = (
-            "On new codes Run 2 and Run 4 have {:.1f} and {:.1f}\ntimes their published mean error"
-        )
-        right.set_title(claim.format(*times))
+    left.set_xlabel(
+        "Black: seeds in data/baselines.csv. For m = n - k the lower bound is the height."
+    )
+    factors = (2 ** np.sqrt(errors.mean())).map("{:.2f}".format)
+    factors = ", ".join(f"{x} {factors[x]}" for x in reversed(errors.columns))
+    left.set_title(f"Predictions are typically off by a factor of\n{factors}", fontsize="medium")
     left.margins(y=0.2)
     left.legend(loc="lower center", ncols=3)
-    right.legend()
+
+    here = {run: runs[run].mean(axis=1) for run in published if run in runs}
+    here = pd.DataFrame(here, index=published.index)
+    bars = published.add_suffix(", published").join(here.add_suffix(", here"))
+    bars = with_means(bars).loc[["easy", "medium", "hard", "all"]]
+    bars.plot.bar(ax=right, rot=0, color=["lightblue", "moccasin", "C0", "C1"])
+    times = " and ".join(f"{here[run].mean() / published[run].mean():.1f}" for run in here)
+    claim = f"on new codes here have\n{times} times the published mean error" if times else ""
+    right.set_title(f"Run 2 and Run 4 {claim or 'as published'}", fontsize="medium")
+    right.set_ylabel("log2-MSE")
     for panel in (left, right):
         panel.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -47,7 +47,7 @@ DATASET, VERY_LOW, KNOWN_HEIGHTS = (
     Path(__file__).with_name(name)
     for name in ("augmented.npz", "very_low.npz", "known_heights.csv")
 )
-LABEL_BLOCK = 3 * 10**7  # What one process labels in one go: a fraction of a second of work.
+LABEL_BLOCK = 5000  # Codes that one process labels in one go.
 
 
 # --- dataset --------------------------------------------------------------------------------------
@@ -183,13 +183,8 @@ def label_file(inputs: Path, heights_file: Path | None, output: Path) -> None:
             raise InputError(f"{output}: is an input, expected another name")
     if heights_file:
         claimed = read_heights(heights_file, codes)
-    table, blocks = pd.DataFrame({"n": codes.n, "k": codes.k, "m": codes.m}), []
-    groups = table.groupby(["n", "k", "m"]).indices
-    for (n, k, m), rows in groups.items():
-        # The entries of all tables that m_heights makes for one code.
-        entries = sum(math.comb(n, size) * (n - size) for size in range(k, n - m + 1))
-        blocks += np.array_split(rows, math.ceil(len(rows) * entries / LABEL_BLOCK))
-    workers = joblib.cpu_count() if len(blocks) > len(groups) else 1
+    blocks = np.array_split(np.lexsort(codes[:3]), math.ceil(len(codes.k) / LABEL_BLOCK))
+    workers = joblib.cpu_count() if len(blocks) > 1 else 1
     parts = ((Codes(*(column[rows] for column in codes)),) for rows in blocks)
     heights, done = np.empty(len(codes.k)), 0
     for rows, block in zip(blocks, in_parallel(exact_heights, parts, workers), strict=True):

@@ -329,7 +329,7 @@ def test_processes_label_as_one_does_or_are_killed(tmp_path, course, call, monke
         return os.kill(os.getpid(), signal.SIGKILL) if status else exact_heights(codes)
 
     monkeypatch.setattr(prepare, "exact_heights", label)
-    monkeypatch.setattr(prepare, "LABEL_BLOCK", 10**4)
+    monkeypatch.setattr(prepare, "LABEL_BLOCK", 50)
     monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
     found = call(prepare.main, "--label", course[0], output="h.csv", status=status)
     assert ("killed" if status else "360 of 360") in found
