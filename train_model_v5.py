@@ -542,16 +542,11 @@ class Checkpoint(callbacks.Callback):
         with replacing(self.path) as temporary:
             temporary.write_bytes(content.getbuffer())
 
-        to_stop = self.stopping.patience - self.stopping.wait
-        to_end = self.params["epochs"] - epoch - 1
-        left = min(to_stop, to_end)
+        left = min(self.stopping.patience - self.stopping.wait, self.params["epochs"] - epoch - 1)
         duration = timedelta(seconds=round(left * self.seconds / (epoch + 1)))
-        text = f"epoch {epoch + 1}: loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}; "
-        text += f"ends in {left} epochs ({duration})"
-        if 0 < to_stop < to_end:
-            below = self.stopping.best - abs(self.stopping.min_delta)  # Keras negates min_delta.
-            text += f", or later if val_loss falls below {below:.4f}"
-        print(text, flush=True)
+        losses = f"loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}"
+        end = f"ends in {left} epochs ({duration}) if val_loss does not improve"
+        print(f"epoch {epoch + 1}: {losses}; {end}", flush=True)
 
 
 def best_epoch(history: list[dict]) -> int:
@@ -768,11 +763,10 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
         design = DESIGN.format(table)
     if len(rows):
         targets = ", ".join(f"{x} {limit:.2f}" for x, limit in TARGETS.items())
-        missed = {
-            x: [t for t in TARGETS if not test[x][t] < TARGETS[t]] for x in ("Run 5", "ridge")
-        }
-        missed = [f"{x}: {', '.join(names) or 'none'}" for x, names in missed.items()]
-        targets = f"Design targets: {targets}; missed by {', by '.join(missed)}"
+        targets = f"Design targets: {targets}"
+        for way in ("Run 5", "ridge"):
+            missed = [tier for tier, limit in TARGETS.items() if not test[way][tier] < limit]
+            targets += f"; {way} misses {', '.join(missed) or 'none'}"
     trainings = trainings_table(rows, tables["test"], settings["seed"])
     validation = validation.loc[[*TIERS], ["ridge", "Run 5"]].T.rename_axis(columns="validation")
     decimals = {"float_format": "{:.4f}".format, "na_rep": ""}
@@ -801,8 +795,8 @@ def plot_history(results: dict, path: Path) -> None:
     history.index += 1
     figure = Figure(figsize=(9, 6), layout="constrained")
     panel, lowest = figure.subplots(), history["val_loss"][best]
-    panel.plot(history["loss"], "C0", label="loss: training set, with dropout and group weights")
-    panel.plot(history["val_loss"], "C1", label="val_loss: validation set, mean of the rows")
+    panel.plot(history["loss"], label="loss: training set, with dropout and group weights")
+    panel.plot(history["val_loss"], label="val_loss: validation set, mean of the rows")
     panel.plot(best, lowest, "kv", label=f"best epoch {best}: {lowest:.4f}")
     table = pd.DataFrame(results["errors"]["validation"])
     ridge = np.average(table["ridge"], weights=table["n"])
@@ -935,9 +929,6 @@ def inference(n: int, k: int, m: int, p_list: Iterable, model: Path = TRAINED) -
     by definition. Raises InputError, a ValueError, where n, k, m are none of the trained groups or
     a matrix has another shape or is not finite.
     """
-    if n != N:
-        advice = f'keep the keys of an evaluator that begin with "[{N},"'
-        raise InputError(f"n: found {n}, expected {N}: {advice}")
     rows = [[n, k, m, P] for P in p_list]
     if not rows:
         return []

@@ -455,6 +455,6 @@ def test_inference_takes_any_iterable_and_loads_its_model_once(small, monkeypatc
             run5.inference(9, 4, m, [matrix, P])
     with pytest.raises(ValueError, match=r"row 0: .*\[P\]"):
         run5.inference(9, 4, 2, P)
-    with pytest.raises(ValueError, match=r"found 10, expected 9.*\[9,"):
+    with pytest.raises(ValueError, match=r"row 0: found .*\(10, 4, 2\), expected n = 9"):
         run5.inference(10, 4, 2, [np.ones((4, 6))])
     assert np.isinf(run5.inference(9, 4, 3, [P * 0, P])).tolist() == [True, True]
