@@ -82,9 +82,9 @@ class Settings:
     features: Annotated[Literal["basis", "raw"], "of the code's bases, or the entries of P"] = (
         "basis"
     )
-    extra_codes: Annotated[int, "new training codes for each training row", 0, 1000] = 4
+    extra_codes: Annotated[int, "new rows per training row, equal in all groups", 0, 1000] = 4
     test_codes: Annotated[int, "codes of each (k, m) group in the test set", 10, 10**6] = 2000
-    epochs: Annotated[int, "at most; may be changed on resuming", 1, 10**6] = 250
+    epochs: Annotated[int, "largest number; may change on resuming", 1, 10**6] = 250
     batch_size: Annotated[int, "rows in one step of the optimizer", 1, 10**6] = 256
     seed: Annotated[int, "random seed of split, extra codes and training", 0, 2**32 - 1] = 42
     val_fraction: Annotated[float, "share of the codes in the validation set", 0.01, 0.9] = 0.15
