@@ -149,7 +149,8 @@ def train_run(run: str, dataset: Dataset, settings: run5.Settings, work: Path) -
     optimizer, (schedule, plateau, stopping) = run5.optimizer_and_callbacks(settings)
     schedule = callbacks.LearningRateScheduler(cosine) if run == "run4" else schedule
     plateau.min_lr = least_rate
-    used, batches = [schedule, plateau, stopping], run5.Batches(sets["training"], settings)
+    used = [schedule, plateau, stopping]
+    batches = run5.Batches(sets["training"], settings)
     run5.train(network, optimizer, used, batches, sets["validation"], checkpoint)
     errors, _ = run5.evaluate(run5.height_model(network, "raw"), sets, "raw")
     return {
