@@ -730,6 +730,41 @@ def trainings_table(rows: pd.DataFrame, this: pd.DataFrame, seed: int) -> pd.Dat
     return pd.DataFrame(table).T
 
 
+def changed_settings(results: dict) -> str:
+    """A sentence on the settings of a run that are not the default, and a line break; or ""."""
+    defaults = json.loads(json.dumps(asdict(Settings()) | {"data": DATA.name}, default=str))
+    own = results["settings"] | {"data": results["dataset"]["file"]}
+    changed = ", ".join(f"{x} {own[x]}" for x in own if own[x] != defaults[x])
+    text = f"Settings that are not the default: {changed}"
+    return textwrap.fill(text, 100) + "\n" if changed else ""
+
+
+def headline_table(test: pd.DataFrame, low: pd.DataFrame) -> pd.DataFrame:
+    """Each way to predict, from the best to the worst. test, low: errors of with_means."""
+    table = {"typical factor, six": 2 ** np.sqrt(test.loc["six"]), "six": test.loc["six"]}
+    table |= {"all nine": test.loc["all"], "low codes, six": low.loc["six"]}
+    return pd.DataFrame(table).drop("n").sort_values("six")
+
+
+def design_table(published: pd.DataFrame, validation: pd.DataFrame) -> str:
+    """The table that the design asks for. published: of read_baselines; validation: by k, m."""
+    table = with_means(published.assign(**{"Run 5": validation["Run 5"]})).drop("six")
+    for short, other in (("vs R2", "Run 2"), ("vs R4", "Run 4")):
+        table[short] = (table["Run 5"] / table[other] - 1).map("{:+.1%}".format)
+    rows = validation["n"]
+    table["n"] = [*rows, *(rows.loc[TIERS[x]].sum() for x in table.index[len(rows) :])]
+    return table.rename_axis(columns="k,m").to_string(float_format="{:.6f}".format)
+
+
+def targets_met(test: pd.DataFrame) -> str:
+    """The design's targets, and which of them Run 5 and ridge miss. test: of with_means."""
+    targets = ", ".join(f"{x} {limit:.2f}" for x, limit in TARGETS.items())
+    for way in ("Run 5", "ridge"):
+        missed = [tier for tier, limit in TARGETS.items() if not test[way][tier] < limit]
+        targets += f"; {way} misses {', '.join(missed) or 'none'}"
+    return textwrap.fill(f"Design targets: {targets}", 100)
+
+
 def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> str:
     """Write detailed_comparison.txt to a folder; returns the report.
 
@@ -741,39 +776,21 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
     tables = {x: table.rename(columns={"run5": "Run 5"}) for x, table in tables.items()}
     names = ("validation", "test", "low codes")
     validation, test, low = (with_means(tables[name]) for name in names)
-    settings = results["settings"]
     raw = rows[rows["run"] == "Run 5 on raw P"].groupby(["k", "m"])[["test_log2_mse"]].mean()
-    if len(raw) and settings["features"] == "basis":  # Else this run is one on raw P.
+    if len(raw) and results["settings"]["features"] == "basis":  # Else this run is one on raw P.
         test["raw P"] = with_means(raw)["test_log2_mse"]
-    headline = {"typical factor, six": 2 ** np.sqrt(test.loc["six"]), "six": test.loc["six"]}
-    headline |= {"all nine": test.loc["all"], "low codes, six": low.loc["six"]}
-    headline = pd.DataFrame(headline).drop("n").sort_values("six")
-    defaults = json.loads(json.dumps(asdict(Settings()) | {"data": DATA.name}, default=str))
-    own = settings | {"data": results["dataset"]["file"]}
-    changed = ", ".join(f"{x} {own[x]}" for x in own if own[x] != defaults[x])
-    changed = f"Settings that are not the default: {changed}\n" if changed else ""
     design, targets = "", "Design targets: none for this dataset, split or test set"
     if validation["n"].min() >= 100:  # Below, percentages would say nothing.
-        table = with_means(published).drop("six").assign(**{"Run 5": validation["Run 5"]})
-        for short, other in (("vs R2", "Run 2"), ("vs R4", "Run 4")):
-            table[short] = (table["Run 5"] / table[other] - 1).map("{:+.1%}".format)
-        sums = [tables["validation"]["n"].loc[TIERS[x]].sum() for x in TIERS if x != "six"]
-        table["n"] = [*tables["validation"]["n"], *sums]
-        table = table.rename_axis(columns="k,m").to_string(float_format="{:.6f}".format)
-        design = DESIGN.format(table)
+        design = DESIGN.format(design_table(published, tables["validation"]))
     if len(rows):
-        targets = ", ".join(f"{x} {limit:.2f}" for x, limit in TARGETS.items())
-        targets = f"Design targets: {targets}"
-        for way in ("Run 5", "ridge"):
-            missed = [tier for tier, limit in TARGETS.items() if not test[way][tier] < limit]
-            targets += f"; {way} misses {', '.join(missed) or 'none'}"
-    trainings = trainings_table(rows, tables["test"], settings["seed"])
+        targets = targets_met(test)
+    trainings = trainings_table(rows, tables["test"], results["settings"]["seed"])
     validation = validation.loc[[*TIERS], ["ridge", "Run 5"]].T.rename_axis(columns="validation")
     decimals = {"float_format": "{:.4f}".format, "na_rep": ""}
     text = {
-        "changed": textwrap.fill(changed, 100) + "\n" * bool(changed),
-        "headline": headline.to_string(**decimals),
-        "targets": textwrap.fill(targets, 100),
+        "changed": changed_settings(results),
+        "headline": headline_table(test, low).to_string(**decimals),
+        "targets": targets,
         "design": design,
         "by_group": group_table(test, low, results["test_statistics"]),
         "trainings": trainings.rename_axis(columns="trained here, test set").to_string(**decimals),

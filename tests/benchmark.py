@@ -135,10 +135,10 @@ def as_dataset(k: np.ndarray, m: np.ndarray, P: np.ndarray) -> Dataset:
 
 
 def accuracy(model: Path) -> str:
-    """Errors of a model, of the bound and of ridge regression on sets of codes beyond the test set.
+    """Errors of a model, and of what needs no network, on sets of codes beyond the test set.
 
-    The ridge is fitted to the training set of the default run. Codes of its training and validation
-    set are left out.
+    Mean and ridge are fitted to the training set of the default run. Codes of its training and
+    validation set are left out.
     """
     settings, network = run5.Settings(), run5.load_trained(model)
     shipped = run5.load_dataset(*settings.data)
@@ -175,7 +175,7 @@ def accuracy(model: Path) -> str:
         new = replace(new, features=run5.predict_all(front, new))
         ways = run5.simple_predictions(train_set, new, "basis")
         predicted = run5.predict_all(network, new)[:, 0].astype(float)
-        ways = ways.assign(**{"Run 5": np.log2(predicted)})[["bound", "ridge", "Run 5"]]
+        ways = ways.assign(**{"Run 5": np.log2(predicted)})[["mean", "bound", "ridge", "Run 5"]]
         errors = run5.group_errors(new, new.log2_height, ways)
         six = errors[errors.index.isin(run5.TIERS["easy"] + run5.TIERS["medium"])]
         worse = six.index[six["Run 5"] > six["ridge"]]
