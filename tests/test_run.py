@@ -260,8 +260,11 @@ def test_the_readme_has_the_figures_of_the_runs():
         runs = rows[rows["run"] == name].pivot(
             index=["k", "m"], columns="seed", values="test_log2_mse"
         )
+        seeds = [len(runs.columns)]
+        if name in test:  # Without a network, by the default run.
+            runs, seeds = test[[name]], []
         means = run5.with_means(runs).loc[["easy", "medium", "hard", "all"]]
-        expected = [len(runs.columns), *means.mean(axis=1)]
+        expected = [*seeds, *means.mean(axis=1)]
         if len(runs.columns) > 1:
             expected += [means.loc["all"].min(), means.loc["all"].max()]
         assert figures == pytest.approx(expected, rel=2e-4, abs=6e-5), name
