@@ -635,7 +635,7 @@ Run 5: the m-height of linear codes of length 9, predicted in log2 from n, k, m 
 
 log2-MSE   mean of (log2 predicted - log2 true)^2 in a group; for several groups, the mean of these
 factor     typical factor, 2^sqrt(log2-MSE): predictions are typically so much too large or small
-mean       predicting the mean log2 height of the group's training rows, without low extra codes
+mean       predicting the group's mean log2 height in the training set, low extra codes left out
 raw P      Run 5 on the entries of P, the design's input, no extra codes; mean over the seeds
 bound      each basis (information set) bounds the m-height from below; the largest bound
 ridge      a regression for each group on the network's features, fitted to the training set
@@ -652,7 +652,8 @@ run       {epochs_run} epochs, {ended}
 sets      training {sets[training]:,} rows, validation {sets[validation]:,}, test {sets[test]:,}; \
 seed {settings[seed]}; best epoch {best_epoch}
 dataset   {dataset[file]}, {dataset[rows]:,} rows, {dataset[duplicates]:,} of them duplicates
-heights   {dataset[labels]}; {dataset[infinite]:,} infinite left out, {dataset[suspect]:,} suspect
+heights   {dataset[labels]}; {dataset[infinite]:,} infinite left out, \
+{dataset[suspect]:,} finite by rounding
 machine   {machine}; {seconds:.0f} s, {finished}
 versions  {packages}, commit {commit}
 """
@@ -786,7 +787,7 @@ def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> st
         targets = targets_met(test)
     trainings = trainings_table(rows, tables["test"], results["settings"]["seed"])
     validation = validation.loc[[*TIERS], ["ridge", "Run 5"]].T.rename_axis(columns="validation")
-    decimals = {"float_format": "{:.4f}".format, "na_rep": ""}
+    decimals = {"float_format": "{:.4f}".format, "na_rep": "-"}
     text = {
         "changed": changed_settings(results),
         "headline": headline_table(test, low).to_string(**decimals),
@@ -875,14 +876,13 @@ def plot_comparison(results: dict, path: Path, baselines: Path = BASELINES) -> N
     left.set_xticks(range(len(TIERS["six"])), [f"k={k}, m={m}" for k, m in TIERS["six"]])
     left.set_yscale("log", base=2)
     left.yaxis.set_major_locator(LogLocator(2, numticks=20))
-    left.yaxis.set_major_formatter("{x:.2g}")
+    left.yaxis.set_major_formatter("{x:.3g}")
     left.set_ylabel("log2-MSE, test set (each line doubles it)")
-    left.set_xlabel(
-        "Black: seeds in data/baselines.csv. For m = n - k the lower bound is the height."
-    )
+    left.set_xlabel("Black dots: single seeds. For m = n - k the lower bound is the height.")
     factors = (2 ** np.sqrt(errors.mean())).map("{:.2f}".format)
-    factors = ", ".join(f"{x} {factors[x]}" for x in reversed(errors.columns))
-    left.set_title(f"Predictions are typically off by a factor of\n{factors}", fontsize="medium")
+    others = ", ".join(f"{x} {factors[x]}" for x in reversed(errors.columns[:-1]))
+    title = f"Run 5 is typically off by a factor of {factors['Run 5']},\n{others}"
+    left.set_title(title, fontsize="medium")
     left.margins(y=0.2)
     left.legend(loc="lower center", ncols=3)
 

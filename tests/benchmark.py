@@ -179,7 +179,8 @@ def accuracy(model: Path) -> str:
         errors = run5.group_errors(new, new.log2_height, ways)
         six = errors[errors.index.isin(run5.TIERS["easy"] + run5.TIERS["medium"])]
         worse = six.index[six["Run 5"] > six["ridge"]]
-        table[name] = {"codes": len(new), "left out": len(data) - len(new)}
+        table[name] = {"codes, six": six["n"].sum(), "codes": len(new)}
+        table[name]["left out"] = len(data) - len(new)
         table[name] |= {f"{x}, six": six[x].mean() for x in ways}
         table[name] |= {f"{x}, nine": errors[x].mean() for x in ways}
         table[name]["ridge is better in"] = " ".join(f"({k},{m})" for k, m in worse) or "none"
