@@ -634,12 +634,12 @@ Run 5: the m-height of linear codes of length 9, predicted in log2 from n, k, m 
 {validation}
 
 log2-MSE   mean of (log2 predicted - log2 true)^2 in a group; for several groups, the mean of these
-factor     typical factor, 2^sqrt(log2-MSE): predictions are typically so much too large or small
-mean       predicting the group's mean log2 height in the training set, low extra codes left out
+factor     typical factor, 2^sqrt(log2-MSE), of a prediction to the true height or the reverse
+mean       predicting the group's mean log2 height in training, less the low ones of the extra codes
 raw P      Run 5 on the entries of P, the design's input, no extra codes; mean over the seeds
 bound      each basis (information set) bounds the m-height from below; the largest bound
 ridge      a regression for each group on the network's features, fitted to the training set
-in 5%      codes predicted within 5 %; 95%, max: factors within which 95 %, all are; bias: in log2
+in 5%      codes within 5 %; 95%, max: factor within which 95 % or all are; bias: mean, in log2
 test set   {settings[test_codes]:,} new codes a group; low codes: a tenth made to have small heights
 tiers      easy (4,2) (4,3) (5,2), medium (4,4) (5,3) (6,2); six: both; hard (4,5) (5,4) (6,3)
 
@@ -659,7 +659,7 @@ versions  {packages}, commit {commit}
 """
 DESIGN = """\
 Run 2 and Run 4 as published, on another dataset, where most validation codes were in training too:
-not what they reach on new codes. Run 5: on n rows of the validation set. "vs": Run 5 / other - 1.
+not what they reach on new codes ("trained here"). Run 5: n validation rows; vs: Run 5 / other - 1.
 {}
 
 """
