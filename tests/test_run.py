@@ -256,7 +256,7 @@ def test_the_readme_has_the_figures_of_the_runs():
         assert figures == pytest.approx(expected[name].tolist(), rel=2e-4, abs=6e-5), name
 
     rows = run5.read_baselines()[1]
-    for name, figures in rows_of_the_readme("test error").items():
+    for name, figures in rows_of_the_readme("training").items():
         runs = rows[rows["run"] == name].pivot(
             index=["k", "m"], columns="seed", values="test_log2_mse"
         )
