@@ -645,9 +645,8 @@ tiers      easy (4,2) (4,3) (5,2), medium (4,4) (5,3) (6,2); six: both; hard (4,
 
 Departures from the design: 252 features of the code's bases, clipped at 8 standard deviations, in
 place of P, and the largest bound added at the output (not with --features raw); codes are split,
-not rows; a test set; {extra_codes:,} extra codes, an epoch samples {rows_per_epoch:,} training \
-rows; min_delta
-{settings[stop_min_delta]} for early stopping; {parameters:,} parameters, not 3-4 million
+not rows; a test set; {extra_codes:,} rows of extra codes, an epoch samples {rows_per_epoch:,} rows;
+min_delta {settings[stop_min_delta]} for early stopping; {parameters:,} parameters, not 3-4 million
 run       {epochs_run} epochs, {ended}
 sets      training {sets[training]:,} rows, validation {sets[validation]:,}, test {sets[test]:,}; \
 seed {settings[seed]}; best epoch {best_epoch}
