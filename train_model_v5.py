@@ -16,6 +16,7 @@ which comes from a course (CSCE 636). "Low codes" are made to have small heights
 
 import argparse
 import contextlib
+import ctypes
 import io
 import json
 import logging
@@ -55,9 +56,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from data import dataset as files
-from data import heights
 from data.dataset import P_WIDTH, Codes, Dataset, InputError, load_dataset, one_line, replacing
-from data.heights import GROUPS, N
+from data.features import BasisFeatures, MinimumDistance
+from data.heights import GROUPS, OPEN_GROUPS, N
 from data.prepare import make_dataset, make_extra_codes
 
 keras.config.set_floatx("float32")  # The user's keras.json may name another.
@@ -82,7 +83,7 @@ class Settings:
     features: Annotated[Literal["basis", "raw"], "of the code's bases, or the entries of P"] = (
         "basis"
     )
-    extra_codes: Annotated[int, "new rows per training row, equal in all groups", 0, 1000] = 4
+    extra_codes: Annotated[int, "new rows per training row, in the six open groups", 0, 1000] = 4
     test_codes: Annotated[int, "codes of each (k, m) group in the test set", 10, 10**6] = 2000
     epochs: Annotated[int, "largest number; may change on resuming", 1, 10**6] = 250
     batch_size: Annotated[int, "rows in one step of the optimizer", 1, 10**6] = 256
@@ -108,6 +109,18 @@ class Settings:
 
 TEST_SEED = 2  # The test set is the same whatever the seed of the run.
 PREDICTION_BATCH = 2048  # Rows in one step where nothing is learned; it affects speed alone.
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, where the C library is glibc.
+
+    Else glibc returns the memory of each training step to the kernel and asks for it again in the
+    next one, which takes a third of the time of an epoch.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-2, 2**28)  # M_TOP_PAD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 # --- dataset and split ----------------------------------------------------------------------------
@@ -148,7 +161,7 @@ def make_sets(dataset: Dataset, settings: Settings) -> dict[str, Dataset]:
     train_rows, val_rows = split_dataset(dataset, settings.val_fraction, settings.seed)
     train_set, val_set = dataset.take(train_rows), dataset.take(val_rows)
     test_set = make_dataset(settings.test_codes, TEST_SEED, known=dataset.key)
-    if extra_per_group := settings.extra_codes * len(train_set) // len(GROUPS):
+    if extra_per_group := settings.extra_codes * len(train_set) // len(OPEN_GROUPS):
         known = np.concatenate([dataset.key, test_set.key])
         train_set = train_set.extended(make_extra_codes(extra_per_group, settings.seed, known))
     sets = {"training": train_set, "validation": val_set, "test": test_set}
@@ -159,108 +172,6 @@ def make_sets(dataset: Dataset, settings: Settings) -> dict[str, Dataset]:
 
 
 # --- features -------------------------------------------------------------------------------------
-
-
-class OfMinors(layers.Layer):
-    """Base of layers that are computed from the maximal minors of G, for the codes of each k apart.
-
-    Called with k and m, integers of shape (batch, 1), and P_matrix, float64 of shape (batch, 20).
-    Returns what `of_minors` returns, (batch, WIDTH). The minors are float64: they reach 2.4e9, and
-    it matters whether one is 0 or 1. Those that rounding can have made, relative to the permanent
-    of the same entries' sizes, are 0: of integers within 2000 none is.
-    """
-
-    WIDTH, ROUNDING = 1, 2e-15
-
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs | {"dtype": "float64"})
-        self.supports_jit = False  # XLA cannot compile a number of rows that depends on k.
-
-    def call(self, k, m, P_matrix):
-        output = 0.0
-        for dimension in (4, 5, 6):
-            (rows,) = ops.nonzero(ops.equal(k[:, 0], dimension))
-            P, m_of_rows = ops.take(P_matrix, rows, axis=0), ops.take(m[:, 0], rows)
-            part = self.of_minors(self.minors(P, dimension), m_of_rows, dimension)
-            output += ops.scatter(rows[:, None], part, (ops.shape(k)[0], self.WIDTH))
-        return output
-
-    def minors(self, P, k: int):
-        """|det G_B| for the bases B of itertools.combinations, (bases, rows). P: (rows, 20)."""
-        r, take = N - k, partial(ops.take, axis=0)
-        entries = ops.transpose(ops.cast(P, "float64")[:, : k * r])
-        tables, one = heights.minor_tables(k, r), ops.ones_like(entries[:1])
-        minors = ops.abs(ops.concatenate([one, *heights.expand(entries, tables, -1, take)]))
-        sizes = ops.concatenate([one, *heights.expand(ops.abs(entries), tables, +1, take)])
-        minors = ops.where(minors > self.ROUNDING * sizes, minors, 0.0)
-        return take(minors, heights.minor_order(k, r))
-
-    def of_minors(self, minors, m, k: int):
-        """The output, (rows, WIDTH), for codes of one k. minors: (bases, rows); m: (rows,)."""
-        raise NotImplementedError
-
-
-@keras.saving.register_keras_serializable("m_height")
-class MinimumDistance(OfMinors):
-    """The minimum distance d of the code, (batch, 1): the m-height is infinite for m >= d.
-
-    A codeword other than 0 can vanish on a set S of coordinates exactly when no basis is inside S.
-    """
-
-    def of_minors(self, minors, m, k: int):
-        sets = [S for size in range(k, N) for S in combinations(range(N), size)]
-        bases = combinations(range(N), k)
-        inside = np.array([[{*basis} <= {*S} for S in sets] for basis in bases], dtype="float64")
-        bases_inside = ops.matmul(ops.cast(ops.transpose(minors) > 0, "float64"), inside)
-        outside = np.array([N - len(S) for S in sets], dtype="float64")
-        distances = ops.where(bases_inside > 0, N, outside)
-        return ops.min(distances, axis=1, keepdims=True, initial=N - k + 1)
-
-
-@keras.saving.register_keras_serializable("m_height")
-class BasisFeatures(OfMinors):
-    """Two numbers for each basis (information set) B of the code: 252 features.
-
-    A basis is a set of k coordinates with G_B invertible. For a coordinate a outside B let M[B, a]
-    = max(1, || G_B^-1 g_a ||_1): codewords c within 1 on B have |c_a| <= M[B, a], and one attains
-    the norm. Let rho_B be the largest M[B, a] and s_B the (n - k - m)-th smallest, or 1 for
-    m = n - k. The codeword that attains rho_B, divided by s_B, is within 1 on n - m coordinates, so
-    that rho_B / s_B is a lower bound of the m-height. With the bases sorted by this bound, and
-    those within 0.002 of each other by rho_B, the features are, in log2:
-
-      126     the largest bound; how far the bound of every other basis is below it, at most LIMIT
-      126     rho_B of the same bases, relative to the largest bound, within LIMIT of it
-
-    Singular sets of k coordinates, and what k = 6 has less than 126, are last and have LIMIT. The
-    order and signs of coordinates do not matter. How bases combine to a height is left to the
-    network.
-
-    Returns float32 of shape (batch, 252). The minors give M by Cramer's rule (data/heights.py).
-    """
-
-    BASES, WIDTH, LIMIT = 126, 252, 6.0
-
-    def of_minors(self, minors, m, k: int):
-        r, bases, take = N - k, math.comb(N, k), partial(ops.take, axis=0)
-        basis, swapped = heights.cramer_table(N, k)
-        above, below = sum(take(minors, row) for row in swapped), take(minors, basis)
-        M = ops.log2(ops.maximum(ops.where(below > 0, above / below, 1.0), 1.0))
-        falling = ops.top_k(ops.reshape(ops.transpose(M), (-1, bases, r)), r)[0]
-        rho = falling[:, :, 0]
-        # In the falling order s_B has the index m. For m = r there is none, and log2 of 1 is 0.
-        s = ops.sum(falling * ops.one_hot(m, r, dtype="float64")[:, None, :], axis=2)
-        bound = ops.where(ops.transpose(minors) > 0, rho - s, -np.inf)
-        # By rho where bounds are nearly equal, so that rounding does not decide.
-        order = ops.top_k(bound + rho / 2**14, bases)[1]
-        bound, rho = (ops.take_along_axis(x, order, axis=1) for x in (bound, rho))
-
-        largest = bound[:, :1]
-        gaps = ops.minimum(largest - bound, self.LIMIT)
-        reach = ops.clip(rho - largest, -self.LIMIT, self.LIMIT)
-        reach = ops.where(bound > -np.inf, reach, self.LIMIT)
-        missing = ((0, 0), (0, self.BASES - bases))
-        gaps, reach = (ops.pad(x, missing, constant_values=self.LIMIT) for x in (gaps, reach))
-        return ops.cast(ops.concatenate([largest, gaps[:, 1:], reach], axis=1), "float32")
 
 
 def feature_model(features: str) -> keras.Model:
@@ -450,16 +361,15 @@ def network_inputs(dataset: Dataset, rows=slice(None)) -> dict[str, np.ndarray]:
 class Batches(keras.utils.PyDataset):
     """(inputs, log2 heights, sample weights) of each step of an epoch.
 
-    An epoch has about as many rows as the training set without extra codes. They are sampled anew
-    for each epoch, evenly from the whole training set, none twice. The sample and its order follow
+    An epoch has as many rows as the training set without extra codes. They are sampled anew for
+    each epoch, evenly from the whole training set, none twice. The sample and its order follow
     from the seed and the number of the epoch alone, so that a resumed run has the same.
     """
 
-    def __init__(self, train_set: Dataset, settings: Settings) -> None:
+    def __init__(self, train_set: Dataset, rows_per_epoch: int, settings: Settings) -> None:
         super().__init__()
-        self.train_set, self.settings = train_set, settings
+        self.train_set, self.rows_per_epoch, self.settings = train_set, rows_per_epoch, settings
         self.group_weights = np.array(settings.group_weights, dtype=np.float32)
-        self.rows_per_epoch = len(train_set) // (1 + settings.extra_codes)
         self.start_epoch(0)  # Keras looks at the first batch before training.
 
     def start_epoch(self, epoch: int, logs: dict | None = None) -> None:
@@ -998,7 +908,7 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
     if GPUS:
         tf.config.experimental.enable_op_determinism()
     network = build_network(sets["training"].features, settings)
-    batches = Batches(sets["training"], settings)
+    batches = Batches(sets["training"], len(dataset) - len(sets["validation"]), settings)
     optimizer, design_callbacks = optimizer_and_callbacks(settings)
     train(network, optimizer, design_callbacks, batches, sets["validation"], checkpoint)
 
@@ -1094,6 +1004,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("absl", "tensorflow"):  # They warn of the h5 format and of several models.
         logging.getLogger(name).setLevel("ERROR")
     settings, given = parse_arguments(argv)
+    keep_freed_memory()
     try:
         if given.predict:
             model = given.model or TRAINED

@@ -22,12 +22,17 @@ import numpy as np
 # The codes that networks are trained on: their length n and their (k, m) groups.
 N = 9
 GROUPS = ((4, 2), (4, 3), (4, 4), (4, 5), (5, 2), (5, 3), (5, 4), (6, 2), (6, 3))
+# Those where the height is not simply the largest bound that a basis gives, as it is for m = n - k.
+OPEN_GROUPS = tuple((k, m) for k, m in GROUPS if m < N - k)
 # Matrices handled in one go: few enough that the tables of one chunk stay in a core's own cache.
 CHUNK = 128
 # Float64 holds every integer up to here; all of the arithmetic on smaller ones is exact.
 EXACT_INTEGER_LIMIT = 2.0**53
 # A real minor with a larger possible rounding error, relative to it, is computed as a fraction.
 MINOR_RELATIVE_ERROR = 1e-11
+# A minor of real entries is 0 where it is this small beside the permanent of the entries' sizes: the
+# entries themselves are rounded to 1e-16.
+ROUNDING = 2e-15
 # Outside these magnitudes products of four real entries can leave the range of float64.
 REAL_ENTRY_MIN, REAL_ENTRY_MAX = 1e-50, 1e50
 
@@ -126,6 +131,8 @@ def _abs_minors(entries: np.ndarray, k: int, r: int) -> np.ndarray:
     for b, i in np.argwhere((rounding > MINOR_RELATIVE_ERROR * minors) & (permanents > 0)):
         part = entries[:, i].reshape(k, r)[np.ix_(*_minor_of_basis(bases[b], k))]
         minors[b, i] = abs(float(_fraction_det([[*map(Fraction, row)] for row in part.tolist()])))
+    real = (np.rint(entries) != entries).any(axis=0)
+    minors[real & (minors <= ROUNDING * permanents)] = 0
     return minors
 
 
@@ -156,8 +163,8 @@ def minors(P: np.ndarray) -> np.ndarray:
     P: shape (batch, k, n - k), integer or real. Returns float64 of shape (batch, C(n, k)); column b
     belongs to the b-th set of k columns in the order of itertools.combinations(range(n), k). Exact
     for integers whose minors stay below 2^53 (|entries| <= 100 gives at most 2.4e9); otherwise
-    right to 1e-11 relative, and 0 only where the minor of the given floating-point entries is 0.
-    Raises ValueError when P has another shape or entries that are not finite.
+    right to 1e-11 relative. Those of integers are 0 where the minor is; those of real entries also
+    where it is at most ROUNDING times the permanent of the entries' sizes. Raises ValueError when P has another shape or entries that are not finite.
     """
     P = _check_matrices(P)
     _, k, r = P.shape

@@ -35,7 +35,7 @@ from data.dataset import (
     warn_of_suspects,
     write_heights,
 )
-from data.heights import GROUPS, N, code_keys, m_heights
+from data.heights import GROUPS, OPEN_GROUPS, N, code_keys, m_heights
 from data.matrices import low_matrices, random_matrices, very_low_matrices
 
 ROWS_PER_GROUP = 12_000
@@ -112,18 +112,17 @@ def make_dataset(
 def make_extra_codes(rows_per_group: int, seed: int, known: Iterable[bytes]) -> Dataset:
     """Codes to add to a training set: as make_dataset makes them, and some of very small height.
 
-    These are a share VERY_LOW_SHARE in the groups with m < n - k, each VERY_LOW_TIMES. The codes of
-    known and of the file VERY_LOW are left out. Groups are made in parallel, from seeds of their
-    own, so that the codes do not depend on the number of cores. Raises InputError when a process is
-    killed.
+    They are of the OPEN_GROUPS alone, `rows_per_group` each. Those of very small height are a share
+    VERY_LOW_SHARE, each VERY_LOW_TIMES. The codes of known and of the file VERY_LOW are left out.
+    Groups are made in parallel, from seeds of their own, so that the codes do not depend on the
+    number of cores. Raises InputError when a process is killed.
     """
     known = {*known, *load_dataset(VERY_LOW).key.tolist()}
     very_low = round(VERY_LOW_SHARE * rows_per_group)
     arguments = []
-    for i, (k, m) in enumerate(GROUPS):
-        searched = very_low if m < N - k else 0
-        rng = np.random.default_rng([seed, 1, i])
-        arguments.append((rng, k, m, rows_per_group, set(known), searched))
+    for k, m in OPEN_GROUPS:
+        rng = np.random.default_rng([seed, 1, GROUPS.index((k, m))])
+        arguments.append((rng, k, m, rows_per_group, set(known), very_low))
     workers = joblib.cpu_count() if rows_per_group > 1000 else 1
     return joined(in_parallel(make_group, arguments, workers))
 
