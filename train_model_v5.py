@@ -4,14 +4,11 @@
 
 trains a residual network on data/augmented.npz and writes the model, its figures, a report and
 pictures to run_5/. The same command resumes a run that was killed; --dropout 0 trains without
-dropout; --predict FILE predicts the heights of the codes in a file. On new codes the log2-MSE, mean
-of the six (k, m) groups with m < n - k (else a bound is exact), is 0.0096, 0.0096 and 0.0094 with
-seeds 42, 1 and 2, one run each; ridge regression on the same features has 0.0200. A run took 32 to
-41 minutes on two cores of an AMD EPYC, without a GPU. The file is in the order in which the data
-flows, from settings to main().
+dropout; --predict FILE predicts the heights of the codes in a file. HEADFIGURES
 
-"The design" is the specification of Run 5. Run 2 and Run 4 are earlier networks for the same task,
-which comes from a course (CSCE 636). "Low codes" are made to have small heights (data/README.md).
+The file is in the order in which the data flows, from settings to main(). "The design" is the
+specification of Run 5. Run 2 and Run 4 are earlier networks for the same task, which comes from a
+course (CSCE 636). "Low codes" are made to have small heights (data/README.md).
 """
 
 import argparse
@@ -23,6 +20,8 @@ import logging
 import math
 import os
 import platform
+import secrets
+import signal
 import subprocess
 import sys
 import textwrap
@@ -34,7 +33,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Else a missing GPU is logged as an error.
@@ -42,30 +41,42 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # Else off without AVX-512;
 os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")  # Some network file systems have no locks.
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "Agg"  # A notebook's backend may be inherited but not installed.
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out.
 
 import keras
 import numpy as np
 import pandas as pd
-import tensorflow as tf
 from keras import callbacks, layers, ops
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from data import dataset as files
-from data.dataset import P_WIDTH, Codes, Dataset, InputError, load_dataset, one_line, replacing
+from data.dataset import (
+    CODES_FILE,
+    P_WIDTH,
+    Codes,
+    Dataset,
+    InputError,
+    codes_from_rows,
+    exact_heights,
+    in_folder,
+    load_dataset,
+    one_line,
+    read_codes,
+    replacing,
+    without_suffix,
+)
 from data.features import BasisFeatures, MinimumDistance
 from data.heights import GROUPS, OPEN_GROUPS, N
 from data.prepare import make_dataset, make_extra_codes
 
-keras.config.set_floatx("float32")  # The user's keras.json may name another.
-GPUS = tf.config.list_physical_devices("GPU")
 HERE = Path(__file__).resolve().parent
 DATA, BASELINES = HERE / "data" / "augmented.npz", HERE / "data" / "baselines.csv"
-TRAINED = HERE / "run_5" / "best_model_run5.h5"  # The model that predicts where none is named.
+RESULTS = HERE / "run_5"
+TRAINED = RESULTS / "best_model_run5.h5"  # The model that predicts where none is named.
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -75,20 +86,22 @@ TRAINED = HERE / "run_5" / "best_model_run5.h5"  # The model that predicts where
 class Settings:
     """What a run depends on. The defaults are the experiment, and every field is an option.
 
-    An annotation has the type, the meaning and, for numbers, the least and the largest value.
+    Annotated has the type of a number, its help text, the least and the largest value.
     """
 
-    data: Annotated[tuple[Path, ...], "npz; or codes and heights; or their folder"] = (DATA,)
-    output: Annotated[Path, "folder for results (--predict: beside FILE)"] = HERE / "run_5"
-    features: Annotated[Literal["basis", "raw"], "of the code's bases, or the entries of P"] = (
-        "basis"
-    )
-    extra_codes: Annotated[int, "new rows per training row, in the six open groups", 0, 1000] = 4
+    data: tuple[Path, ...] = (DATA,)
+    output: Path = RESULTS
+    features: str = "basis"  # Of the code's bases; or "raw", the entries of P.
+    # Rows.
+    val_fraction: Annotated[float, "share of the codes in the validation set", 0.01, 0.9] = 0.15
     test_codes: Annotated[int, "codes of each (k, m) group in the test set", 10, 10**6] = 2000
+    extra_codes: Annotated[
+        int, "new codes per training row, shared by groups with m < n-k", 0, 1000
+    ] = 4
+    # Training.
     epochs: Annotated[int, "largest number; may change on resuming", 1, 10**6] = 250
     batch_size: Annotated[int, "rows in one step of the optimizer", 1, 10**6] = 256
     seed: Annotated[int, "random seed of split, extra codes and training", 0, 2**32 - 1] = 42
-    val_fraction: Annotated[float, "share of the codes in the validation set", 0.01, 0.9] = 0.15
     width: Annotated[float, "factor on the units of every hidden layer", 0.01, 10] = 1.0
     dropout: Annotated[float, "factor on every dropout rate, 0 for none", 0, 3] = 1.0
     learning_rate: Annotated[float, "AdamW's rate at the start", 0, 1] = 1e-3
@@ -96,19 +109,19 @@ class Settings:
     clipnorm: Annotated[float, "norm to which each gradient tensor is clipped", 1e-9, 1e9] = 1.0
     constant_epochs: Annotated[int, "epochs before the rate begins to fall", 0, 10**6] = 10
     decay: Annotated[float, "factor on the rate at the start of each later epoch", 0.01, 1] = 0.95
-    plateau_factor: Annotated[float, "factor on the rate at a plateau of val_loss", 0.01, 0.99] = (
-        0.7
-    )
+    plateau_factor: Annotated[float, "factor on the rate at a plateau", 0.01, 0.99] = 0.7
     plateau_patience: Annotated[int, "epochs without a fall by 1e-4: a plateau", 1, 10**6] = 15
     stop_patience: Annotated[int, "epochs without improvement that end a run", 1, 10**6] = 40
     stop_min_delta: Annotated[float, "smallest fall of val_loss that counts", 0, 100] = 0.002
-    group_weights: Annotated[
-        tuple[float, ...], "nine weights in the loss, in the order of the report", 0, 100
-    ] = (1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.5, 1.2, 1.5)
+    # In the loss, by (k, m) in the order of GROUPS.
+    group_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.5, 1.2, 1.5)
 
 
 TEST_SEED = 2  # The test set is the same whatever the seed of the run.
+DATA_OPTIONS = ("val_fraction", "test_codes", "extra_codes")  # In the help beside --data.
 PREDICTION_BATCH = 2048  # Rows in one step where nothing is learned; it affects speed alone.
+# For the estimate that is printed before extra codes are made: one core, and a row with features.
+EXTRA_CODES_A_SECOND, BYTES_PER_ROW = 2000, 1300
 
 
 def keep_freed_memory() -> None:
@@ -123,7 +136,7 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-# --- dataset and split ----------------------------------------------------------------------------
+# --- split and sets -------------------------------------------------------------------------------
 
 
 def split_dataset(dataset: Dataset, val_fraction: float = 0.15, seed: int = 42) -> tuple:
@@ -134,7 +147,7 @@ def split_dataset(dataset: Dataset, val_fraction: float = 0.15, seed: int = 42) 
     row in one of the two sets.
     """
     _, first, code = np.unique(dataset.key, return_index=True, return_inverse=True)
-    # The sign only keeps the split on which the rows of baselines.csv stand.
+    # The sign only keeps the split on which the rows of baselines.csv were measured.
     numbers, strata = np.arange(len(first)), -dataset.group[first]
     try:
         held_out = train_test_split(
@@ -151,61 +164,93 @@ def split_dataset(dataset: Dataset, val_fraction: float = 0.15, seed: int = 42) 
 
 
 def make_sets(dataset: Dataset, settings: Settings) -> dict[str, Dataset]:
-    """The training, validation and test set. No code, whatever its m, is in two of them.
+    """The training, validation and test set, without extra codes.
 
-    The dataset is split into the first two. The training set is then extended by extra codes, the
-    same number for each group. They and the test set are new codes, made as the dataset was, with
-    exact heights. Codes are told apart by their keys (data/heights.py): equivalent codes have the
-    same. Raises RuntimeError if a code is in two sets.
+    The dataset is split into the first two. The test set is made of new codes as the dataset was,
+    with exact heights.
     """
     train_rows, val_rows = split_dataset(dataset, settings.val_fraction, settings.seed)
-    train_set, val_set = dataset.take(train_rows), dataset.take(val_rows)
-    test_set = make_dataset(settings.test_codes, TEST_SEED, known=dataset.key)
-    if extra_per_group := settings.extra_codes * len(train_set) // len(OPEN_GROUPS):
-        known = np.concatenate([dataset.key, test_set.key])
-        train_set = train_set.extended(make_extra_codes(extra_per_group, settings.seed, known))
-    sets = {"training": train_set, "validation": val_set, "test": test_set}
+    return {
+        "training": dataset.take(train_rows),
+        "validation": dataset.take(val_rows),
+        "test": make_dataset(settings.test_codes, TEST_SEED, known=dataset.key),
+    }
+
+
+def add_extra_codes(sets: dict[str, Dataset], settings: Settings) -> dict[str, Dataset]:
+    """The sets, the training set extended by new codes, as many for each of the OPEN_GROUPS.
+
+    In the other groups the largest bound is the height, and there is nothing to learn.
+    """
+    per_group = settings.extra_codes * len(sets["training"]) // len(OPEN_GROUPS)
+    if not per_group:
+        return sets
+    count = per_group * len(OPEN_GROUPS)
+    minutes = count / EXTRA_CODES_A_SECOND / min(os.cpu_count() or 1, len(OPEN_GROUPS)) / 60
+    memory = f"{count * BYTES_PER_ROW / 1e9:.1f} GB"
+    said = (
+        f"making {count:,} extra codes for training: about {math.ceil(minutes)} minutes, {memory}"
+    )
+    print(f"{said} (--extra-codes 0 makes none)", flush=True)
+    known, made = np.concatenate([data.key for data in sets.values()]), []
+    for part in make_extra_codes(per_group, settings.seed, known):
+        print(f"  k={part.k[0]}, m={part.m[0]}: {len(part):,} codes", flush=True)
+        made.append(part)
+    return sets | {"training": sets["training"].extended(*made)}
+
+
+def require_disjoint(sets: dict[str, Dataset]) -> None:
+    """Raise RuntimeError if a code, whatever its m, is in two of the sets.
+
+    Codes are told apart by their keys (data/heights.py). Equivalent codes have the same key, but
+    for codes with real entries in different systematic forms.
+    """
     for one, other in combinations(sets, 2):
         if shared := len(np.intersect1d(sets[one].key, sets[other].key)):
             raise RuntimeError(f"{shared} codes are in the {one} set and in the {other} set")
-    return sets
 
 
 # --- features -------------------------------------------------------------------------------------
 
 
-def feature_model(features: str) -> keras.Model:
-    """From n, k, m, (batch, 1), and P_matrix, (batch, 20), to the features, float32."""
+def feature_model(kind: str) -> keras.Model:
+    """From n, k, m, (batch, 1), and P_matrix, (batch, 20), to the features, float32.
+
+    kind: "basis" for BasisFeatures, (batch, 252), or "raw" for the entries of P, (batch, 20).
+    """
     n, k, m = (layers.Input((1,), name=name, dtype="int32") for name in ("n", "k", "m"))
     P = layers.Input((P_WIDTH,), name="P_matrix", dtype="float64")
-    basis = features == "basis"
-    output = BasisFeatures()(k, m, P) if basis else layers.Rescaling(1.0, dtype="float32")(P)
+    output = (
+        BasisFeatures()(k, m, P) if kind == "basis" else layers.Rescaling(1.0, dtype="float32")(P)
+    )
     return keras.Model([n, k, m, P], output)
 
 
-def predict_all(model: keras.Model, codes: Dataset | Codes) -> np.ndarray:
-    """What feature_model or height_model give for these codes, float32 (rows, outputs).
+def outputs_of(model: keras.Model, codes: Dataset | Codes) -> np.ndarray:
+    """What a feature_model or height_model gives for these codes, float32 (rows, outputs).
 
     By batches, since Model.predict can wait for two seconds at its end.
     """
     inputs = [np.full((len(codes.k), 1), N), codes.k[:, None], codes.m[:, None], codes.P]
-    steps = range(0, len(codes.k), PREDICTION_BATCH)
-    parts = [[x[start : start + PREDICTION_BATCH] for x in inputs] for start in steps]
-    return np.concatenate([model.predict_on_batch(part) for part in parts])
+    outputs = np.empty((len(codes.k), model.output.shape[1]), dtype=np.float32)
+    for start in range(0, len(outputs), PREDICTION_BATCH):
+        part = slice(start, start + PREDICTION_BATCH)
+        outputs[part] = model.predict_on_batch([x[part] for x in inputs])
+    return outputs
 
 
 # --- without a network ----------------------------------------------------------------------------
 
 
-def simple_predictions(train_set: Dataset, data: Dataset, features: str) -> pd.DataFrame:
+def simple_predictions(train_set: Dataset, data: Dataset, kind: str) -> pd.DataFrame:
     """log2 heights of the rows of `data` without a network, a column for each way, float64.
 
     mean: of the group's training rows, without low extra codes; bound: the largest bound, the first
     of the basis features; ridge: a regression for each group on all features. All are fitted to the
-    training set alone.
+    training set alone. kind: as in feature_model.
     """
     table = pd.DataFrame({"mean": np.zeros(len(data))})
-    if features == "basis":
+    if kind == "basis":
         table["bound"] = data.features[:, 0].astype("float64")
     for i in range(len(GROUPS)):
         fitted, rows = train_set.group == i, data.group == i
@@ -319,28 +364,34 @@ def build_network(features: np.ndarray, settings: Settings) -> keras.Model:
     return keras.Model(inputs, x, name="log2_height")
 
 
-def height_model(network: keras.Model, features: str) -> keras.Model:
+def height_model(network: keras.Model, kind: str) -> keras.Model:
     """The model that is saved: inputs as feature_model has them, output heights, (batch, 1).
 
     Where a height is infinite by definition, the model says so whatever the network says.
     """
-    front = feature_model(features)
-    n, k, m, P = front.inputs
-    log_height = layers.Rescaling(math.log(2))(network([n, k, m, front.output]))
+    to_features = feature_model(kind)
+    n, k, m, P = to_features.inputs
+    log_height = layers.Rescaling(math.log(2))(network([n, k, m, to_features.output]))
     height = layers.Activation("exponential")(log_height)
     output = InfiniteFrom()(height, m, MinimumDistance()(k, m, P))
-    return keras.Model(front.inputs, output, name="run5")
+    return keras.Model(to_features.inputs, output, name="run5")
 
 
 def load_trained(path: Path) -> keras.Model:
     """A height_model from its file. Raises InputError for another kind of file."""
+
+    def signature(model: keras.Model) -> str:
+        inputs = ", ".join(f"{x.name} {x.dtype} {x.shape[1:]}" for x in model.inputs)
+        return f"{inputs}; gives {[x.shape[1:] for x in model.outputs]}"
+
     try:
-        model = keras.models.load_model(path)
-        names = [x.name for x in model.inputs]
+        found = signature(model := keras.models.load_model(path))
     except Exception as error:  # Keras and h5py raise many kinds.
         raise InputError(f"{path}: cannot be loaded as a model: {one_line(error)}") from None
-    if names != ["n", "k", "m", "P_matrix"]:
-        raise InputError(f"{path}: takes {', '.join(names)}, expected n, k, m, P_matrix")
+    to_features = feature_model("raw")
+    expected = signature(keras.Model(to_features.inputs, to_features.output[:, :1]))
+    if found != expected:
+        raise InputError(f"{path}: takes {found}, expected {expected}")
     return model
 
 
@@ -387,49 +438,124 @@ class Batches(keras.utils.PyDataset):
         return network_inputs(self.train_set, rows), self.train_set.log2_height[rows, None], weights
 
 
-class Checkpoint(callbacks.Callback):
-    """Writes one file after each epoch, from which a run resumes: the design's ModelCheckpoint.
+class Training(callbacks.Callback):
+    """The design's optimizer and callbacks, and the checkpoint from which a killed run resumes.
 
-    The file holds the run's settings, the history, the seconds spent, whether early stopping ended
-    the run, all variables of network and optimizer, and the weights of the epoch with the lowest
-    val_loss. The state of EarlyStopping and ReduceLROnPlateau follows from the history, which is
-    replayed to them; rows and order of an epoch follow from the seed. Raises InputError for a
-    damaged file and for one of a run with other settings.
+    The checkpoint, the design's ModelCheckpoint, is one file, written after each epoch. It holds
+    the settings, the history, the seconds spent, whether early stopping ended the run, a mark of
+    the process that wrote it, all variables of network and optimizer, and the weights of the epoch
+    with the lowest val_loss. The state of EarlyStopping and ReduceLROnPlateau follows from the
+    history, which is replayed to them; rows and order of an epoch follow from the seed.
+
+    identity: what must be the same in a resumed run. data/rerun_baselines.py gives a schedule, the
+    rate by epoch and current rate, in place of the design's, and the least rate to which a plateau
+    may cut it. Raises InputError for a checkpoint that is damaged or of another run.
     """
 
-    def __init__(self, path: Path, settings: dict) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: dict,
+        settings: Settings,
+        schedule: Callable[[int, float], float] | None = None,
+        least_rate: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.path, self.settings = path, json.loads(json.dumps(settings))
-        self.history, self.seconds, self.stopped, self.best_weights = [], 0.0, False, []
-        if not path.exists():
-            return
+        s = self.settings = settings
+        self.optimizer = keras.optimizers.AdamW(
+            s.learning_rate, weight_decay=s.weight_decay, clipnorm=s.clipnorm
+        )
+        decay = partial(lr_schedule, constant_epochs=s.constant_epochs, decay=s.decay)
+        self.schedule = callbacks.LearningRateScheduler(schedule or decay)
+        self.plateau = callbacks.ReduceLROnPlateau(
+            "val_loss", s.plateau_factor, s.plateau_patience, min_lr=least_rate
+        )
+        self.stopping = callbacks.EarlyStopping("val_loss", s.stop_min_delta, s.stop_patience)
+
+        self.path, self.identity = path, json.loads(json.dumps(identity))
+        self.history, self.seconds, self.stopped_early, self.mark = [], 0.0, False, ""
+        self.variables, self.best_weights = [], []
+        if path.exists():
+            self.load()
+
+    def load(self) -> None:
+        """Take over what the checkpoint has."""
         try:
-            with np.load(path) as file:
-                earlier, self.history, self.seconds, self.stopped = json.loads(str(file["state"]))
-                self.values = [file[x] for x in file.files if x.startswith("variable")]
+            with np.load(self.path) as file:
+                earlier, self.history, self.seconds, self.stopped_early, self.mark = json.loads(
+                    str(file["state"])
+                )
+                self.variables = [file[x] for x in file.files if x.startswith("variable")]
                 self.best_weights = [file[x] for x in file.files if x.startswith("best")]
         except Exception as error:  # NumPy and zipfile raise many kinds.
             problem = f"cannot be read, --fresh drops it: {one_line(error)}"
-            raise InputError(f"{path}: {problem}") from None
-        if differ := [x for x, now in self.settings.items() if earlier.get(x) != now]:
-            pairs = ", ".join(f"{x} {earlier.get(x)}, now {self.settings[x]}" for x in differ)
-            raise InputError(f"{path}: is of a run with {pairs}; --fresh drops it")
+            raise InputError(f"{self.path}: {problem}") from None
+        if differ := [x for x, now in self.identity.items() if earlier.get(x) != now]:
+            pairs = ", ".join(f"{x} {earlier.get(x)}, now {self.identity[x]}" for x in differ)
+            raise InputError(f"{self.path}: is of a run with {pairs}; --fresh drops it")
 
-    def variables(self) -> list:
-        return [*self.model.variables, *self.model.optimizer.variables]
+    def save(self, variables: list[np.ndarray]) -> None:
+        """Replace the checkpoint, if it is still this run's own."""
+        self.require_own_checkpoint()
+        self.mark = secrets.token_hex(8)
+        state = [self.identity, self.history, self.seconds, self.stopped_early, self.mark]
+        arrays = {f"variable_{i}": x for i, x in enumerate(variables)}
+        arrays |= {f"best_{i}": x for i, x in enumerate(self.best_weights)}
+        content = io.BytesIO()  # On a full disk NumPy's writer prints tracebacks.
+        np.savez(content, state=np.array(json.dumps(state)), **arrays)
+        try:
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(content.getbuffer())
+        except FileNotFoundError:  # Another run, at its start, removed the temporary file.
+            self.require_own_checkpoint(False)
+
+    def require_own_checkpoint(self, own: bool = True) -> None:
+        """Raise InputError where another training has written or dropped the checkpoint."""
+        mark = ""
+        if self.path.exists():
+            try:
+                with np.load(self.path) as file:
+                    *_, mark = json.loads(str(file["state"]))
+            except Exception:  # As in `load`.
+                own = False
+        if not own or mark != self.mark:
+            raise InputError(f"{self.path.parent}: another training uses it, this one ends here")
+
+    def fit(self, network: keras.Model, batches: Batches, val_set: Dataset) -> None:
+        """Start or resume; at the end the network has the weights of the best epoch.
+
+        Raises InputError if the checkpoint is of another network.
+        """
+        shapes = [x.shape for x in network.get_weights()]
+        if self.best_weights and [x.shape for x in self.best_weights] != shapes:
+            raise InputError(f"{self.path}: is of another network; --fresh drops it")
+        network.compile(self.optimizer, "mean_squared_error", jit_compile=True)
+        self.optimizer.build(network.trainable_variables)
+        sample = callbacks.LambdaCallback(on_epoch_begin=batches.start_epoch)
+        if not self.stopped_early and len(self.history) < self.settings.epochs:
+            network.fit(
+                batches,
+                initial_epoch=len(self.history),
+                epochs=self.settings.epochs,
+                validation_data=(network_inputs(val_set), val_set.log2_height[:, None]),
+                validation_batch_size=PREDICTION_BATCH,
+                callbacks=[sample, self.schedule, self.plateau, self.stopping, self],
+                shuffle=False,
+                verbose=int(on_terminal()),
+            )
+        network.set_weights(self.best_weights)
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         if not self.history:
             return
-        if [x.shape for x in self.variables()] != [x.shape for x in self.values]:
-            raise InputError(f"{self.path}: is of another network; --fresh drops it")
         for epoch, row in enumerate(self.history):
-            for callback in (self.plateau, self.stopping):
-                self.model.optimizer.learning_rate = row["learning_rate"]
-                callback.on_epoch_end(epoch, dict(row))
-        for variable, value in zip(self.variables(), self.values, strict=True):
+            self.optimizer.learning_rate = row["learning_rate"]
+            self.plateau.on_epoch_end(epoch, dict(row))
+            self.stopping.on_epoch_end(epoch, dict(row))
+        own = [*self.model.variables, *self.optimizer.variables]
+        for variable, value in zip(own, self.variables, strict=True):
             variable.assign(value)
-        print(f"{self.path}: resuming after {len(self.history)} epochs", flush=True)
+        self.variables = []
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self.start = time.perf_counter()
@@ -441,22 +567,31 @@ class Checkpoint(callbacks.Callback):
             raise InputError(f"{problem}; a lower --learning-rate with --fresh may help")
         self.history.append(row)
         self.seconds += time.perf_counter() - self.start
-        self.stopped = bool(self.model.stop_training)
+        self.stopped_early = bool(self.model.stop_training)
+        own = [*self.model.variables, *self.optimizer.variables]
         if best_epoch(self.history) == epoch + 1:
             self.best_weights = self.model.get_weights()
-        state = json.dumps([self.settings, self.history, self.seconds, self.stopped])
-        arrays = {f"variable_{i}": ops.convert_to_numpy(x) for i, x in enumerate(self.variables())}
-        arrays |= {f"best_{i}": x for i, x in enumerate(self.best_weights)}
-        content = io.BytesIO()  # On a full disk NumPy's writer prints tracebacks.
-        np.savez(content, state=np.array(state), **arrays)
-        with replacing(self.path) as temporary:
-            temporary.write_bytes(content.getbuffer())
-
-        left = min(self.stopping.patience - self.stopping.wait, self.params["epochs"] - epoch - 1)
+        self.save([ops.convert_to_numpy(x) for x in own])
+        if on_terminal():  # There Keras has its own line.
+            return
+        left = min(self.stopping.patience - self.stopping.wait, self.settings.epochs - epoch - 1)
         duration = timedelta(seconds=round(left * self.seconds / (epoch + 1)))
         losses = f"loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}"
         end = f"ends in {left} epochs ({duration}) if val_loss does not improve"
         print(f"epoch {epoch + 1}: {losses}; {end}", flush=True)
+
+    def why_ended(self) -> str:
+        """Why training has ended, in words."""
+        if not self.stopped_early:
+            return f"ended by --epochs after epoch {len(self.history)}"
+        patience, least = self.settings.stop_patience, self.settings.stop_min_delta
+        since = len(self.history) - patience
+        return f"ended: val_loss fell by less than {least} in {patience} epochs after epoch {since}"
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches standard output, which may be closed."""
+    return bool(sys.stdout) and sys.stdout.isatty()
 
 
 def best_epoch(history: list[dict]) -> int:
@@ -464,59 +599,13 @@ def best_epoch(history: list[dict]) -> int:
     return 1 + int(np.argmin([row["val_loss"] for row in history]))
 
 
-def why_ended(checkpoint: Checkpoint, settings: Settings) -> str:
-    """Why a run has ended, in words."""
-    if not checkpoint.stopped:
-        return f"ended by --epochs {len(checkpoint.history)}"
-    patience, least = settings.stop_patience, settings.stop_min_delta
-    since = len(checkpoint.history) - patience
-    return f"ended: val_loss fell by less than {least} in {patience} epochs after epoch {since}"
-
-
 def commit() -> str:
     """The commit of this repository, "-dirty" where files were changed, or "unknown"."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
         return "unknown"
-
-
-def optimizer_and_callbacks(s: Settings) -> tuple:
-    """The design's AdamW; then its LearningRateScheduler, ReduceLROnPlateau and EarlyStopping."""
-    optimizer = keras.optimizers.AdamW(
-        s.learning_rate, weight_decay=s.weight_decay, clipnorm=s.clipnorm
-    )
-    schedule = partial(lr_schedule, constant_epochs=s.constant_epochs, decay=s.decay)
-    return optimizer, [
-        callbacks.LearningRateScheduler(schedule),
-        callbacks.ReduceLROnPlateau("val_loss", s.plateau_factor, s.plateau_patience),
-        callbacks.EarlyStopping("val_loss", s.stop_min_delta, s.stop_patience),
-    ]
-
-
-def train(network, optimizer, design_callbacks, batches, val_set, checkpoint) -> None:
-    """Start or resume training; at its end the network has the weights of the best epoch.
-
-    optimizer, design_callbacks: what optimizer_and_callbacks returns.
-    """
-    # On a GPU XLA is not deterministic.
-    network.compile(optimizer, "mean_squared_error", jit_compile=not GPUS)
-    optimizer.build(network.trainable_variables)
-    _, checkpoint.plateau, checkpoint.stopping = design_callbacks  # They run before it in fit.
-    sample = callbacks.LambdaCallback(on_epoch_begin=batches.start_epoch)
-    if not checkpoint.stopped and len(checkpoint.history) < batches.settings.epochs:
-        network.fit(
-            batches,
-            initial_epoch=len(checkpoint.history),
-            epochs=batches.settings.epochs,
-            validation_data=(network_inputs(val_set), val_set.log2_height[:, None]),
-            validation_batch_size=PREDICTION_BATCH,
-            callbacks=[sample, *design_callbacks, checkpoint],
-            shuffle=False,
-            verbose=0,
-        )
-    network.set_weights(checkpoint.best_weights)
 
 
 # --- report ---------------------------------------------------------------------------------------
@@ -525,53 +614,37 @@ TIERS = {
     "easy": [(4, 2), (4, 3), (5, 2)],
     "medium": [(4, 4), (5, 3), (6, 2)],
     "hard": [(4, 5), (5, 4), (6, 3)],  # m = n - k: there the largest bound is the m-height.
-    "six": [(4, 2), (4, 3), (4, 4), (5, 2), (5, 3), (6, 2)],  # All but the hard ones.
+    "six": list(OPEN_GROUPS),
     "all": list(GROUPS),
 }
 TARGETS = {"easy": 0.15, "medium": 0.30, "hard": 1.20, "all": 0.35}  # The design's.
-SAME_SETS = ("test_codes", "val_fraction")  # With the same dataset, test errors compare.
+SAME_SETS = ("test_codes", "val_fraction")  # Runs with equal ones and one dataset compare.
 
-REPORT = """\
-Run 5: the m-height of linear codes of length 9, predicted in log2 from n, k, m and P
-{changed}log2-MSE on {sets[test]:,} new codes; six: groups with m < n-k (else the bound is exact)
-{headline}
-{targets}
-
-{design}{by_group}
-
-{trainings}
-
-{validation}
-
+KEY = """\
 log2-MSE   mean of (log2 predicted - log2 true)^2 in a group; for several groups, the mean of these
-factor     typical factor, 2^sqrt(log2-MSE), of a prediction to the true height or the reverse
-mean       predicting the group's mean log2 height in training, without the low extra codes
-raw P      Run 5 on the entries of P, the design's input, no extra codes; mean over the seeds
+RMS factor 2^sqrt(log2-MSE): how far predictions typically are from the true height
 bound      each basis (information set) bounds the m-height from below; the largest bound
 ridge      a regression for each group on the network's features, fitted to the training set
-in 5%      codes within 5 %; 95%, max: factor within which 95 % or all are; bias: mean, in log2
-test set   {settings[test_codes]:,} new codes a group; low codes: a tenth made to have small heights
-tiers      easy (4,2) (4,3) (5,2), medium (4,4) (5,3) (6,2); six: both; hard (4,5) (5,4) (6,3)
-
+mean       the group's mean log2 height in the training set, without the low extra codes
+in 5%      Run 5's codes within 5 %; 95%, max: factor within which 95 % or all are; bias: in log2
+low codes  a tenth of the {test_codes:,} test codes of each group, made to have small heights
+tiers      easy (4,2) (4,3) (5,2); medium (4,4) (5,3) (6,2); hard (4,5) (5,4) (6,3), m = n-k"""
+DESIGN = """\
+Validation log2-MSE. Run 2 and Run 4 as published: of another dataset, where most validation codes
+were in training, too. So the percentages measure nothing; compare with "trained here" instead.
+{}"""
+RUN = """\
 Departures from the design: 252 features of the code's bases, clipped at 8 standard deviations, in
 place of P, and the largest bound added at the output (not with --features raw); codes are split,
-not rows; a test set; {extra_codes:,} rows of extra codes, an epoch samples {rows_per_epoch:,} rows;
-min_delta {settings[stop_min_delta]} for early stopping; {parameters:,} parameters, not 3-4 million
-run       {epochs_run} epochs, {ended}
-sets      training {sets[training]:,} rows, validation {sets[validation]:,}, test {sets[test]:,}; \
-seed {settings[seed]}; best epoch {best_epoch}
+not rows; a test set; {extra_codes:,} extra codes in the six groups, {rows_per_epoch:,} rows in an
+epoch; min_delta {settings[stop_min_delta]} for early stopping; {parameters:,} parameters
+run       {epochs_run} epochs, {ended}; best epoch {best_epoch}
+rows      training {sets[training]:,}, validation {sets[validation]:,}, test {sets[test]:,}; \
+seed {settings[seed]}
 dataset   {dataset[file]}, {dataset[rows]:,} rows, {dataset[duplicates]:,} of them duplicates
-heights   {dataset[labels]}; {dataset[infinite]:,} infinite left out, \
-{dataset[suspect]:,} finite by rounding
-machine   {machine}; {seconds:.0f} s, {finished}
-versions  {packages}, commit {commit}
-"""
-DESIGN = """\
-Run 2 and Run 4 as published, on another dataset, where most validation codes were in training too:
-not what they reach on new codes ("trained here"). Run 5: n validation rows; vs: Run 5 / other - 1.
-{}
-
-"""
+heights   {dataset[labels]}; {dataset[infinite]:,} infinite ones left out
+machine   {machine}; {times[seconds]:.0f} s of training, {times[finished]}
+versions  {versions}, commit {commit}"""
 
 
 def read_baselines(path: Path = BASELINES) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -581,17 +654,24 @@ def read_baselines(path: Path = BASELINES) -> tuple[pd.DataFrame, pd.DataFrame]:
         rows = pd.read_csv(path)
         by_group = rows[rows["source"] == "published"].set_index(["run", "k", "m"])["log2_mse"]
         published = by_group.astype(float).unstack("run").loc[list(GROUPS), ["Run 2", "Run 4"]]
+        rows = rows[rows["source"] == "measured"].astype({"seed": int, "test_log2_mse": float})
+        if rows.duplicated(["run", "seed", "k", "m", "dataset", "ended", *SAME_SETS]).any():
+            raise ValueError("a run has two rows for a group")
     except (OSError, ValueError, KeyError) as error:
         expected = "expected published figures of Run 2 and Run 4"
         raise InputError(f"{path}: {expected} ({one_line(error)})") from None
-    return published, rows[rows["source"] == "measured"].astype({"seed": int})
+    return published, rows
 
 
 def rows_to_compare(rows: pd.DataFrame, results: dict) -> pd.DataFrame:
-    """Those rows of read_baselines that have the dataset and the test set of a run."""
+    """Those rows of read_baselines that have the dataset and the test set of a run; a training that
+    did not come to its end is named so."""
     same = [rows["dataset"] == results["dataset"]["sha256"]]
     same += [rows[x] == results["settings"][x] for x in SAME_SETS]
-    return rows[np.all(same, axis=0)]
+    rows = rows[np.all(same, axis=0)]
+    return rows.assign(
+        run=rows["run"] + (rows["ended"] != "complete").map({True: ", incomplete", False: ""})
+    )
 
 
 def with_means(errors: pd.DataFrame) -> pd.DataFrame:
@@ -600,11 +680,18 @@ def with_means(errors: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([errors.set_axis([f"{k},{m}" for k, m in errors.index]), means])
 
 
+def error_table(results: dict, name: str) -> pd.DataFrame:
+    """The log2-MSE of each way to predict (columns) by group and tier on the validation set, the
+    test set or its low codes."""
+    errors = pd.DataFrame(results["errors"][name]).set_index(["k", "m"]).drop(columns="n")
+    return with_means(errors.rename(columns={"network": "Run 5"}))
+
+
 def error_statistics(error: np.ndarray) -> dict[str, float]:
-    """What log2 errors, predicted - true, mean for the user: see the end of REPORT."""
+    """What log2 errors, predicted - true, mean for the user: see KEY."""
     size = np.abs(error)
     return {
-        "factor": 2 ** np.sqrt(np.mean(error**2)),
+        "RMS factor": 2 ** np.sqrt(np.mean(error**2)),
         "in 5%": np.mean(np.abs(2**error - 1) <= 0.05),
         "95%": 2 ** np.quantile(size, 0.95),
         "max": 2 ** size.max(),
@@ -612,145 +699,124 @@ def error_statistics(error: np.ndarray) -> dict[str, float]:
     }
 
 
-def group_table(test: pd.DataFrame, low: pd.DataFrame, statistics: dict) -> str:
-    """Errors by group. test, low: of with_means; statistics: of error_statistics."""
-    ways = [x for x in ("mean", "raw P", "bound", "ridge", "Run 5") if x in test]
-    of_run = pd.DataFrame(statistics).T.drop(columns="factor")
-    columns = {("log2-MSE", x): test[x] for x in ways}
-    columns |= {("factor", x): 2 ** np.sqrt(test[x]) for x in ways[-3:]}
-    columns |= {("Run 5", x): of_run[x] for x in of_run}
-    columns |= {("low codes", x): low[x] for x in ways[-2:]}
-    table = pd.DataFrame(columns).loc[[*test.index[: len(GROUPS)], "six", "all"]]
-    formats = {"in 5%": "{:.0%}", "95%": "{:.2f}", "max": "{:.2f}", "bias": "{:+.3f}"}
-    formats = [("{:.2f}" if x == "factor" else formats.get(y, "{:.4f}")).format for x, y in table]
-    table.columns = table.columns.set_names(["test", "k,m"])
+def head_section(results: dict, comparable: bool) -> str:
+    """What was done, and each way to predict, from the best to the worst."""
+    defaults = json.loads(json.dumps(asdict(Settings()) | {"data": DATA.name}, default=str))
+    own = results["settings"] | {"data": results["dataset"]["file"]}
+    changed = ", ".join(f"{x} {own[x]}" for x in own if own[x] != defaults[x])
+    changed = f"Settings that are not the default: {changed}" if changed else ""
+    test, low = error_table(results, "test"), error_table(results, "low codes")
+    table = {"RMS factor, six": 2 ** np.sqrt(test.loc["six"]), "log2-MSE, six": test.loc["six"]}
+    table |= {"all nine": test.loc["all"], "low codes, six": low.loc["six"]}
+    table = pd.DataFrame(table).sort_values("RMS factor, six")
+    targets = "Design targets: none for this dataset, split or test set"
+    if comparable:
+        targets = ", ".join(f"{tier} {limit:.2f}" for tier, limit in TARGETS.items())
+        targets = f"Design targets: {targets}"
+        for way in ("Run 5", "ridge"):
+            missed = [tier for tier, limit in TARGETS.items() if not test[way][tier] < limit]
+            targets += f"; {way} misses {', '.join(missed) or 'none'}"
+    count = f"{results['sets']['test']:,} new codes"
+    return "\n".join(
+        [
+            "Run 5: the m-height of linear codes of length 9, predicted in log2 from n, k, m and P",
+            *textwrap.wrap(changed, 100),
+            f"Errors on {count}; six: the groups with m < n-k (else the bound is the height)",
+            table.to_string(float_format="{:.4f}".format),
+            *textwrap.wrap(targets, 100),
+        ]
+    )
+
+
+def groups_section(results: dict) -> str:
+    """Errors by group."""
+    test, low = error_table(results, "test"), error_table(results, "low codes")
+    statistics = pd.DataFrame(results["test_statistics"]).T.loc[test.index]
+    table = pd.concat([test, statistics, low[["ridge", "Run 5"]].add_prefix("low, ")], axis=1)
+    table = table.drop(index=["easy", "medium", "hard"]).rename_axis(columns="test set")
+    formats = {"RMS factor": "{:.3f}", "in 5%": "{:.0%}", "95%": "{:.2f}", "max": "{:.2f}"}
+    formats = {x: formats.get(x, "{:+.3f}" if x == "bias" else "{:.4f}").format for x in table}
     return table.to_string(formatters=formats)
 
 
-def trainings_table(rows: pd.DataFrame, this: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Test errors of each training in the rows of rows_to_compare, then those of this run."""
-    own = this.reset_index().assign(run="this run", seed=seed, test_log2_mse=this["Run 5"].values)
+def design_section(results: dict, published: pd.DataFrame) -> str:
+    """The table that the design asks for."""
+    table = with_means(published).assign(**{"Run 5": error_table(results, "validation")["Run 5"]})
+    table = table.drop(index=["easy", "medium", "hard", "six"])
+    for short, other in (("vs R2", "Run 2"), ("vs R4", "Run 4")):
+        table[short] = (100 * (table["Run 5"] / table[other] - 1)).map("{:+.1f}%".format)
+    rows = [row["n"] for row in results["errors"]["validation"]]
+    table["n"] = [f"n={count}" for count in (*rows, sum(rows))]
+    table.index = [*(f"k={k},m={m}" for k, m in GROUPS), "mean"]
+    table = table.rename_axis(columns="k,m").to_string(float_format="{:.6f}".format)
+    return DESIGN.format(table)
+
+
+def trainings_section(rows: pd.DataFrame) -> str:
+    """Test errors of each training in the rows of rows_to_compare."""
     table = {}
-    for name, part in pd.concat([rows, own]).groupby("run", sort=False):
+    for name, part in rows.groupby("run", sort=False):
         by_seed = part.pivot(index=["k", "m"], columns="seed", values="test_log2_mse")
         means = with_means(by_seed).loc[[*TIERS]]
         table[name] = {"seeds": " ".join(map(str, by_seed))} | means.mean(axis=1).to_dict()
         least, most = means.loc["all"].min(), means.loc["all"].max()
         table[name]["range of all"] = f"{least:.4f}-{most:.4f}" if most > least else ""
-    return pd.DataFrame(table).T
+    table = pd.DataFrame(table).T.rename_axis(columns="trained here, test log2-MSE")
+    return table.to_string(float_format="{:.4f}".format)
 
 
-def changed_settings(results: dict) -> str:
-    """A sentence on the settings of a run that are not the default, and a line break; or ""."""
-    defaults = json.loads(json.dumps(asdict(Settings()) | {"data": DATA.name}, default=str))
-    own = results["settings"] | {"data": results["dataset"]["file"]}
-    changed = ", ".join(f"{x} {own[x]}" for x in own if own[x] != defaults[x])
-    text = f"Settings that are not the default: {changed}"
-    return textwrap.fill(text, 100) + "\n" if changed else ""
+def make_report(results: dict, published: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """The text of detailed_comparison.txt.
 
-
-def headline_table(test: pd.DataFrame, low: pd.DataFrame) -> pd.DataFrame:
-    """Each way to predict, from the best to the worst. test, low: errors of with_means."""
-    table = {"typical factor, six": 2 ** np.sqrt(test.loc["six"]), "six": test.loc["six"]}
-    table |= {"all nine": test.loc["all"], "low codes, six": low.loc["six"]}
-    return pd.DataFrame(table).drop("n").sort_values("six")
-
-
-def design_table(published: pd.DataFrame, validation: pd.DataFrame) -> str:
-    """The table that the design asks for. published: of read_baselines; validation: by k, m."""
-    table = with_means(published.assign(**{"Run 5": validation["Run 5"]})).drop("six")
-    for short, other in (("vs R2", "Run 2"), ("vs R4", "Run 4")):
-        table[short] = (table["Run 5"] / table[other] - 1).map("{:+.1%}".format)
-    rows = validation["n"]
-    table["n"] = [*rows, *(rows.loc[TIERS[x]].sum() for x in table.index[len(rows) :])]
-    return table.rename_axis(columns="k,m").to_string(float_format="{:.6f}".format)
-
-
-def targets_met(test: pd.DataFrame) -> str:
-    """The design's targets, and which of them Run 5 and ridge miss. test: of with_means."""
-    targets = ", ".join(f"{x} {limit:.2f}" for x, limit in TARGETS.items())
-    for way in ("Run 5", "ridge"):
-        missed = [tier for tier, limit in TARGETS.items() if not test[way][tier] < limit]
-        targets += f"; {way} misses {', '.join(missed) or 'none'}"
-    return textwrap.fill(f"Design targets: {targets}", 100)
-
-
-def write_report(results: dict, folder: Path, baselines: Path = BASELINES) -> str:
-    """Write detailed_comparison.txt to a folder; returns the report.
-
-    results: as in metrics.json. baselines: as data/baselines.csv.
+    results: as in metrics.json; published, rows: of read_baselines.
     """
-    published, rows = read_baselines(baselines)
     rows = rows_to_compare(rows, results)
-    tables = {x: pd.DataFrame(t).set_index(["k", "m"]) for x, t in results["errors"].items()}
-    tables = {x: table.rename(columns={"run5": "Run 5"}) for x, table in tables.items()}
-    names = ("validation", "test", "low codes")
-    validation, test, low = (with_means(tables[name]) for name in names)
-    raw = rows[rows["run"] == "Run 5 on raw P"].groupby(["k", "m"])[["test_log2_mse"]].mean()
-    if len(raw) and results["settings"]["features"] == "basis":  # Else this run is one on raw P.
-        test["raw P"] = with_means(raw)["test_log2_mse"]
-    design, targets = "", "Design targets: none for this dataset, split or test set"
-    if validation["n"].min() >= 100:  # Below, percentages would say nothing.
-        design = DESIGN.format(design_table(published, tables["validation"]))
+    sections = [head_section(results, comparable=len(rows) > 0), KEY.format(**results["settings"])]
+    sections.append(groups_section(results))
+    if min(row["n"] for row in results["errors"]["validation"]) >= 100:  # Else it says nothing.
+        sections.append(design_section(results, published))
     if len(rows):
-        targets = targets_met(test)
-    trainings = trainings_table(rows, tables["test"], results["settings"]["seed"])
-    validation = validation.loc[[*TIERS], ["ridge", "Run 5"]].T.rename_axis(columns="validation")
-    decimals = {"float_format": "{:.4f}".format, "na_rep": "-"}
-    text = {
-        "changed": changed_settings(results),
-        "headline": headline_table(test, low).to_string(**decimals),
-        "targets": targets,
-        "design": design,
-        "by_group": group_table(test, low, results["test_statistics"]),
-        "trainings": trainings.rename_axis(columns="trained here, test set").to_string(**decimals),
-        "validation": validation.to_string(**decimals),
-        "packages": ", ".join(f"{x} {number}" for x, number in results["versions"].items()),
-    }
-    report = REPORT.format(**results | results["times"] | text)
-    with replacing(folder / "detailed_comparison.txt") as path:
-        path.write_text(report, encoding="utf-8")
-    return report
+        sections.append(trainings_section(rows))
+    versions = ", ".join(f"{x} {number}" for x, number in results["versions"].items())
+    return "\n\n".join([*sections, RUN.format(**results | {"versions": versions})]) + "\n"
 
 
-# --- plots ----------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
-def plot_history(results: dict, path: Path) -> None:
+def plot_history(results: dict) -> Figure:
     """Loss and val_loss by epoch, with the best epoch and the ridge's error on validation rows."""
     history, best = pd.DataFrame(results["history"]), results["best_epoch"]
     history.index += 1
+    validation = pd.DataFrame(results["errors"]["validation"])
+    ridge = np.average(validation["ridge"], weights=validation["n"])
     figure = Figure(figsize=(9, 6), layout="constrained")
     panel, lowest = figure.subplots(), history["val_loss"][best]
-    panel.plot(history["loss"], label="loss: training set, with dropout and group weights")
+    panel.plot(history["loss"], label="loss: training set, weighted by group")
     panel.plot(history["val_loss"], label="val_loss: validation set, mean of the rows")
     panel.plot(best, lowest, "kv", label=f"best epoch {best}: {lowest:.4f}")
-    table = pd.DataFrame(results["errors"]["validation"])
-    ridge = np.average(table["ridge"], weights=table["n"])
-    label = f"ridge regression, mean of the rows: {ridge:.4f}"
-    panel.axhline(ridge, color="C2", linestyle="--", label=label)
+    panel.axhline(ridge, color="C2", linestyle="--", label=f"ridge, validation set: {ridge:.4f}")
     panel.set(xlabel="epoch", ylabel="MSE of log2 height", yscale="log")
     panel.set_title(f"Training {results['ended']}")
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.xaxis.set_major_locator(MaxNLocator(steps=[1, 5, 10], integer=True))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter("{x:g}")
     panel.grid(which="both", alpha=0.3)
     panel.legend()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def plot_predictions(test_set: Dataset, predicted: np.ndarray, path: Path) -> None:
+def plot_predictions(test_set: Dataset, predicted: np.ndarray) -> Figure:
     """The error of each test row by its true log2 height, by group. predicted: log2 heights."""
     true, error = test_set.log2_height, predicted - test_set.log2_height
-    figure = Figure(figsize=(12, 10), layout="constrained")
-    groups = [(k, m) for tier in ("easy", "medium", "hard") for k, m in TIERS[tier]]
-    panels = figure.subplots(3, 3, sharex=True, sharey=True)
-    for panel, (k, m) in zip(panels.flat, groups, strict=True):
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True, sharey=True)
+    for panel, (k, m) in zip(panels.flat, TIERS["easy"] + TIERS["medium"], strict=True):
         group = test_set.group == GROUPS.index((k, m))
-        panel.axhline(0, color="black", linewidth=0.8)
+        panel.axhline(0, color="black", linewidth=0.8, zorder=0)
         for name, low, color in (("random codes", False, "C0"), ("low codes", True, "C3")):
             rows = group & (test_set.low == low)
-            panel.scatter(true[rows], error[rows], 6, color, alpha=0.4, linewidths=0, label=name)
+            panel.scatter(true[rows], error[rows], 8, color, alpha=0.4, linewidths=0, label=name)
         figures = error_statistics(error[group])
         within = f"95 % within a factor of {figures['95%']:.2f}, bias {figures['bias']:+.3f}"
         panel.set_title(f"k={k}, m={m}: {within}", fontsize="small")
@@ -758,95 +824,94 @@ def plot_predictions(test_set: Dataset, predicted: np.ndarray, path: Path) -> No
     panel.legend(markerscale=3)
     figure.supxlabel("true log2 height")
     figure.supylabel("predicted - true log2 height")
-    rows = "in the rows: easy, medium, hard groups"
-    figure.suptitle(f"Run 5 on the {len(test_set):,} codes of the test set; {rows}")
-    figure.savefig(path, dpi=120)
+    others = np.abs(error[test_set.m == N - test_set.k]).max()
+    figure.suptitle(f"Run 5 on new codes. Largest error in the groups with m = n - k: {others:.2g}")
+    return figure
 
 
-def plot_comparison(results: dict, path: Path, baselines: Path = BASELINES) -> None:
-    """Left: the test error of each way to predict, in the six groups where the bound is not the
-    height. Right: Run 2 and Run 4 as published, and trained on this dataset."""
-    published, rows = read_baselines(baselines)
-    rows = rows_to_compare(rows, results)
-    runs = rows.pivot(index=["k", "m"], columns=["run", "seed"], values="test_log2_mse")
-    names = {"mean": "mean of the group", "raw": "Run 5 on raw P", "bound": "lower bound"}
-    names |= {"ridge": "ridge regression", "run5": "Run 5"}
-    errors = pd.DataFrame(results["errors"]["test"]).set_index(["k", "m"]).rename(columns=names)
-    if "Run 5 on raw P" in runs:
-        errors["Run 5 on raw P"] = runs["Run 5 on raw P"].mean(axis=1)
-    errors = errors.loc[TIERS["six"], [x for x in names.values() if x in errors]]
-
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
+def plot_comparison(results: dict, published: pd.DataFrame, rows: pd.DataFrame) -> Figure:
+    """Left: the RMS factor of each way to predict, in the six groups where the bound is not the
+    height. Right: Run 2 on validation rows and on new codes, and Run 5 on new codes."""
+    test, rows = error_table(results, "test"), rows_to_compare(rows, results)
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    errors.reset_index(drop=True).plot(ax=left, style="o")
-    for name in ("Run 5 on raw P", "Run 5"):
-        if name in runs:
-            left.plot(runs[name].loc[TIERS["six"]].to_numpy(), "k.", markersize=3)
-    left.set_xticks(range(len(TIERS["six"])), [f"k={k}, m={m}" for k, m in TIERS["six"]])
-    left.set_yscale("log", base=2)
-    left.yaxis.set_major_locator(LogLocator(2, numticks=20))
-    left.yaxis.set_major_formatter("{x:.3g}")
-    left.set_ylabel("log2-MSE, test set (each line doubles it)")
-    left.set_xlabel("Black dots: single seeds. For m = n - k the lower bound is the height.")
-    factors = (2 ** np.sqrt(errors.mean())).map("{:.2f}".format)
-    others = ", ".join(f"{x} {factors[x]}" for x in reversed(errors.columns[:-1]))
-    title = f"Run 5 is typically off by a factor of {factors['Run 5']},\n{others}"
-    left.set_title(title, fontsize="medium")
-    left.margins(y=0.2)
-    left.legend(loc="lower center", ncols=3)
+    groups = [f"{k},{m}" for k, m in TIERS["six"]]
+    for way, factors in (2 ** np.sqrt(test.loc[groups])).items():
+        left.plot(groups, factors, "o-")
+        left.annotate(way, (groups[-1], factors.iloc[-1]), (8, -3), textcoords="offset points")
+    left.set(yscale="log", xlabel="k,m", ylabel="RMS factor (1: exact)")
+    left.set_title("Test error in the groups where the bound is not the height", fontsize="medium")
+    ticks = [1.02, 1.05, 1.1, 1.3, 2, 4]
+    left.set_yticks(ticks, map(str, ticks))
+    left.set_yticks([], minor=True)
+    left.margins(x=0.12)
 
-    here = {run: runs[run].mean(axis=1) for run in published if run in runs}
-    here = pd.DataFrame(here, index=published.index)
-    bars = published.add_suffix(", published").join(here.add_suffix(", here"))
-    bars = with_means(bars).loc[["easy", "medium", "hard", "all"]]
-    bars.plot.bar(ax=right, rot=0, color=["lightblue", "moccasin", "C0", "C1"])
-    times = " and ".join(f"{here[run].mean() / published[run].mean():.1f}" for run in here)
-    claim = f"trained here, have on new codes\n{times} times the published mean error"
-    right.set_title(f"Run 2 and Run 4, {claim if times else 'as published'}", fontsize="medium")
-    right.set_ylabel("log2-MSE")
+    errors = rows.groupby("run")[["log2_mse", "test_log2_mse"]].mean()
+    bars = {"Run 5:\nnew codes": test["Run 5"]["all"]}
+    if {"Run 2", "Run 2, rows split at random"} <= {*errors.index}:
+        in_validation, on_new_codes = errors.loc["Run 2, rows split at random"]
+        bars = {
+            "Run 2, rows split\nat random:\nvalidation rows": in_validation,
+            "the same\nnetwork:\nnew codes": on_new_codes,
+            "Run 2,\ncodes split:\nnew codes": errors.loc["Run 2", "test_log2_mse"],
+        } | bars
+    right.bar_label(right.bar([*bars], [*bars.values()]), fmt="{:.3g}")
+    for run, color in (("Run 2", "C1"), ("Run 4", "C3")):
+        mean = published[run].mean()
+        right.axhline(mean, color=color, linestyle="--", label=f"{run} as published: {mean:.3f}")
+    right.set(yscale="log", ylabel="log2-MSE, mean of the nine groups")
+    right.set_title("Validation rows that are in training, too, hide the error", fontsize="medium")
+    right.legend()
     for panel in (left, right):
         panel.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 # --- prediction -----------------------------------------------------------------------------------
 
 
-def predict(
-    inputs: Path, heights_file: Path | None, labels: str, model: Path, output: Path | None
-) -> None:
-    """Write a model's heights for the codes of a file, in their order, to a file in `output`, or
-    beside `inputs`.
+def predict(file: Path, model_file: Path, output: Path | None) -> None:
+    """Write predicted and exact heights of the codes in a file, in its order, to a csv in `output`,
+    or beside the file. Print the errors.
 
-    heights_file: true heights, to print the error of each group, or None. labels: see true_heights.
-    Raises InputError for files that cannot be used.
+    Codes of other lengths or groups than the trained ones have exact heights alone. Raises
+    InputError for files that cannot be used.
     """
-    inputs = files.in_folder(inputs, files.CODES_FILE)
-    codes, output = files.read_codes(inputs), output or inputs.parent
-    if heights_file:
-        true, origin = files.true_heights(codes, heights_file, labels)
-    predicted = predict_all(load_trained(model), codes)[:, 0].astype(float)
+    model, file = load_trained(model_file), in_folder(file, CODES_FILE)
+    codes = read_codes(file, trained=False)
+    table = pd.DataFrame({"n": codes.n, "k": codes.k, "m": codes.m})
+    covered = codes.are_trained()
+    table["predicted"] = np.full(len(table), np.nan, dtype=np.float32)
+    if covered.any():
+        of_groups = codes.take(covered)
+        of_groups = of_groups._replace(P=of_groups.P[:, :P_WIDTH])  # Longer codes have more.
+        table.loc[covered, "predicted"] = outputs_of(model, of_groups)[:, 0]
+        bound = outputs_of(feature_model("basis"), of_groups)[:, 0]
+    table["exact"] = exact_heights(codes)
+    output = output or file.parent
     output.mkdir(parents=True, exist_ok=True)
-    suffix = ".csv" if inputs.suffix == ".npz" else ".pkl"
-    written = output / f"{inputs.stem}_predicted{suffix}"
-    files.write_heights(written, codes, predicted)
-    print(f"{written}: {len(predicted):,} heights")
-    if infinite := np.flatnonzero(np.isinf(predicted)).tolist():
-        why = "by definition or beyond float32"
-        print(f"{len(infinite):,} of them infinite, {why}: rows {one_line(infinite)}")
-    files.warn_of_suspects(inputs, codes)
-    if heights_file:
-        finite = np.isfinite(true)
-        bound = predict_all(feature_model("basis"), codes)[:, 0]
-        both = pd.DataFrame({"log2_mse": np.log2(predicted), "bound_log2_mse": bound})[finite]
-        part = Codes(*(x[finite] for x in codes))
-        errors = group_errors(part, np.log2(true[finite]), both)
-        print(errors.to_string(float_format="{:.6f}".format))
-        print("means of the groups:", errors[[*both]].mean().round(6).to_dict())
-        print(f"heights {origin}; {(~finite).sum():,} rows of infinite height left out")
+    path = output / f"{without_suffix(file)}_predicted.csv"
+    said = "replaced" if path.exists() else "written"
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index_label="row", lineterminator="\n")
+    print(f"{path}: {said}, {len(table):,} rows")
+    if others := (~covered).sum():
+        groups = ", ".join(map(str, GROUPS))
+        print(f"{others:,} rows have exact heights alone: the model knows n = {N}, (k, m) {groups}")
+    if covered.any():
+        table, finite = table[covered], np.isfinite(table["exact"][covered])
+        ways = pd.DataFrame({"network": np.log2(table["predicted"]), "bound": bound})[finite]
+        errors = group_errors(table[finite], np.log2(table["exact"][finite]), ways)
+        infinite = table.groupby(["k", "m"])["exact"].agg(lambda x: np.isinf(x).sum())
+        errors = errors.reindex(infinite.index).fillna({"n": 0}).astype({"n": int})
+        print("log2-MSE on the n codes of finite height of each group; bound: the largest bound")
+        print(errors.assign(infinite=infinite).to_string(float_format="{:.6f}".format))
 
 
-load_once = lru_cache(load_trained)  # So that inference reads a model once.
+@lru_cache(maxsize=4)
+def load_once(path: Path, changed: int) -> keras.Model:
+    """load_trained, once for each state of the file. changed: when it was, in nanoseconds."""
+    return load_trained(path)
 
 
 def inference(n: int, k: int, m: int, p_list: Iterable, model: Path = TRAINED) -> list[float]:
@@ -859,95 +924,121 @@ def inference(n: int, k: int, m: int, p_list: Iterable, model: Path = TRAINED) -
     rows = [[n, k, m, P] for P in p_list]
     if not rows:
         return []
-    codes = files.codes_from_rows("p_list", rows)
-    files.warn_of_suspects("p_list", codes)
-    return predict_all(load_once(model), codes)[:, 0].tolist()
+    codes = codes_from_rows("p_list", rows)
+    changed = os.stat(model).st_mtime_ns if os.path.exists(model) else 0
+    return outputs_of(load_once(Path(model), changed), codes)[:, 0].tolist()
 
 
 # --- main -----------------------------------------------------------------------------------------
 
 
-def evaluate(model: keras.Model, sets: dict[str, Dataset], features: str) -> tuple:
+def evaluate(network: keras.Model, sets: dict[str, Dataset], kind: str) -> tuple:
     """Errors of every way to predict, as group_errors has them, on the validation set, the test set
-    and its low codes. Then the log2 heights that `model` predicts for the test set, (rows,).
+    and its low codes. Then the log2 heights that the network predicts for the test set, (rows,).
 
     Called once, at the end of a run: until then the test set is not predicted.
     """
-    ways = {}
+    errors = {}
     for name in ("validation", "test"):
-        simple = simple_predictions(sets["training"], sets[name], features)
-        heights_of_model = predict_all(model, sets[name])[:, 0].astype(float)
-        ways[name] = simple.assign(run5=np.log2(heights_of_model))
-    errors = {x: group_errors(sets[x], sets[x].log2_height, ways[x]) for x in ways}
-    low = sets["test"].take(sets["test"].low)
-    errors["low codes"] = group_errors(low, low.log2_height, ways["test"][sets["test"].low])
-    return errors, ways["test"]["run5"].to_numpy()
+        ways = simple_predictions(sets["training"], sets[name], kind)
+        predicted = network.predict(network_inputs(sets[name]), PREDICTION_BATCH, verbose=0)
+        ways["network"] = predicted[:, 0].astype("float64")
+        errors[name] = group_errors(sets[name], sets[name].log2_height, ways)
+    low = sets["test"].low
+    low_set = sets["test"].take(low)
+    errors["low codes"] = group_errors(low_set, low_set.log2_height, ways[low])
+    return errors, ways["network"].to_numpy()
+
+
+def results_of(
+    training: Training, network: keras.Model, batches: Batches, sets: dict[str, Dataset]
+) -> tuple[dict, np.ndarray]:
+    """What metrics.json holds, and the predicted log2 heights of the test set, (rows,)."""
+    settings, history = training.settings, training.history
+    errors, predicted = evaluate(network, sets, settings.features)
+    error, group = predicted - sets["test"].log2_height, sets["test"].group
+    named = {f"{k},{m}": group == i for i, (k, m) in enumerate(GROUPS)}
+    named |= {x: np.isin(group, [GROUPS.index(y) for y in TIERS[x]]) for x in TIERS}
+    counts = {name: len(data) for name, data in sets.items()}
+    results = {
+        "settings": training.identity | {"epochs": settings.epochs},
+        "dataset": sets["validation"].about,
+        "sets": counts,
+        "extra_codes": counts["training"] - batches.rows_per_epoch,
+        "rows_per_epoch": batches.rows_per_epoch,
+        "parameters": network.count_params(),
+        "epochs_run": len(history),
+        "best_epoch": best_epoch(history),
+        "stopped_early": training.stopped_early,
+        "ended": training.why_ended(),
+        "errors": {x: table.reset_index().to_dict("records") for x, table in errors.items()},
+        "test_statistics": {x: error_statistics(error[rows]) for x, rows in named.items()},
+        "history": history,
+        "commit": commit(),
+        "times": {"seconds": training.seconds, "finished": time.strftime("%Y-%m-%d %H:%M")},
+        "versions": {x: version(x) for x in ("keras", "tensorflow", "numpy", "scikit-learn")},
+        "machine": f"{platform.system()}, {platform.machine()}, {os.cpu_count()} CPUs",
+    }
+    return results, predicted
 
 
 def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
-    """Load, split, train, report. fresh: drop an unfinished run. labels: see true_heights."""
+    """Load, split, train, report. fresh: drop an unfinished run. labels: as the option."""
+    names = ", ".join(map(str, settings.data))
+    print(f"reading {names}; then come extra codes, features and training", flush=True)
     dataset = load_dataset(*settings.data, labels=labels)
-    read_baselines()  # So that a damaged file is found before training.
+    published, rows = read_baselines()  # So that a damaged file is found before training.
     work = settings.output / "unfinished"
     work.mkdir(parents=True, exist_ok=True)
+    for unfinished in work.glob(".tmp-*"):  # What a killed process was writing.
+        unfinished.unlink(missing_ok=True)
     if fresh:
         (work / "checkpoint.npz").unlink(missing_ok=True)
     identity = asdict(settings) | {"data": dataset.about["sha256"]}
     del identity["output"], identity["epochs"]  # They may differ when a run is resumed.
-    checkpoint = Checkpoint(work / "checkpoint.npz", identity)
-    if not checkpoint.history and (settings.output / "metrics.json").exists():
+    training = Training(work / "checkpoint.npz", identity, settings)
+    if training.history:
+        print(f"{training.path}: resuming after epoch {len(training.history)}", flush=True)
+    elif (settings.output / "metrics.json").exists():
         print(f"{settings.output}: has a finished run, which this new one will replace at its end")
 
-    sets = make_sets(dataset, settings)
+    sets = add_extra_codes(make_sets(dataset, settings), settings)
+    require_disjoint(sets)
     counts = {name: len(data) for name, data in sets.items()}
     print(pd.Series(dataset.about | counts).to_string(), "\ncomputing features", flush=True)
-    front = feature_model(settings.features)
-    sets = {x: replace(data, features=predict_all(front, data)) for x, data in sets.items()}
+    to_features = feature_model(settings.features)
+    sets = {x: replace(data, features=outputs_of(to_features, data)) for x, data in sets.items()}
 
+    print("training", flush=True)
     keras.utils.set_random_seed(settings.seed)  # For initial weights and dropout.
-    if GPUS:
-        tf.config.experimental.enable_op_determinism()
     network = build_network(sets["training"].features, settings)
-    batches = Batches(sets["training"], len(dataset) - len(sets["validation"]), settings)
-    optimizer, design_callbacks = optimizer_and_callbacks(settings)
-    train(network, optimizer, design_callbacks, batches, sets["validation"], checkpoint)
+    batches = Batches(sets["training"], len(dataset) - counts["validation"], settings)
+    training.fit(network, batches, sets["validation"])
 
-    model = height_model(network, settings.features)
-    errors, predicted = evaluate(model, sets, settings.features)
-    error, group = predicted - sets["test"].log2_height, sets["test"].group
-    named = {f"{k},{m}": group == i for i, (k, m) in enumerate(GROUPS)}
-    named |= {x: np.isin(group, [GROUPS.index(y) for y in TIERS[x]]) for x in TIERS}
-    results = {
-        "settings": checkpoint.settings | {"epochs": settings.epochs},
-        "dataset": dataset.about,
-        "sets": counts,
-        "extra_codes": counts["training"] + counts["validation"] - len(dataset),
-        "rows_per_epoch": batches.rows_per_epoch,
-        "parameters": network.count_params(),
-        "epochs_run": len(checkpoint.history),
-        "best_epoch": best_epoch(checkpoint.history),
-        "complete": checkpoint.stopped,
-        "ended": why_ended(checkpoint, settings),
-        "errors": {x: table.reset_index().to_dict("records") for x, table in errors.items()},
-        "test_statistics": {x: error_statistics(error[rows]) for x, rows in named.items()},
-        "history": checkpoint.history,
-        "commit": commit(),
-        "times": {"seconds": checkpoint.seconds, "finished": time.strftime("%Y-%m-%d %H:%M")},
-        "versions": {x: version(x) for x in ("keras", "tensorflow", "numpy", "scikit-learn")},
-        "machine": f"{platform.system()}, {platform.machine()}, {os.cpu_count()} CPUs",
+    results, predicted = results_of(training, network, batches, sets)
+    training.require_own_checkpoint()
+    report = make_report(results, published, rows)
+    pictures = {
+        "training_history.png": plot_history(results),
+        "comparison.png": plot_comparison(results, published, rows),
+        "predictions_scatter.png": plot_predictions(sets["test"], predicted),
     }
-    writers = {
-        "best_model_run5.h5": model.save,
-        "metrics.json": lambda path: path.write_text(json.dumps(results, indent=1) + "\n"),
-        "training_history.png": partial(plot_history, results),
-        "comparison.png": partial(plot_comparison, results),
-        "predictions_scatter.png": partial(plot_predictions, sets["test"], predicted),
+    writers = {"best_model_run5.h5": height_model(network, settings.features).save}
+    writers |= {x: partial(figure.savefig, dpi=120) for x, figure in pictures.items()}
+    texts = {
+        "metrics.json": json.dumps(results, indent=1) + "\n",
+        "detailed_comparison.txt": report,
     }
+    escaped = {"encoding": "utf-8", "errors": "backslashreplace"}  # File names can be any bytes.
+    writers |= {x: partial(Path.write_text, data=text, **escaped) for x, text in texts.items()}
     for name, write in writers.items():
         with replacing(settings.output / name, work) as path:
             write(path)
-    print(f"\n{write_report(results, settings.output)}\nresults are in {settings.output}")
-    checkpoint.path.unlink(missing_ok=True)
+    print(f"\n{report}\nresults are in {settings.output}")
+    if not training.stopped_early:
+        print(f"{training.why_ended()}: the same command with more epochs goes on from there")
+        return
+    training.path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # Other files may be in it, or some that NFS keeps.
         work.rmdir()
 
@@ -964,64 +1055,79 @@ def number(kind: type, least: float, most: float) -> Callable[[str], float]:
     return read
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, argparse.Namespace]:
-    """The settings, and the other options: fresh, labels, predict, heights, model."""
-    example = "example: python train_model_v5.py --data codes.pkl heights.pkl --output my_run"
-    about = {"description": __doc__.splitlines()[0], "epilog": example}
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", **about)
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, dict]:
+    """The settings, and the options that were typed."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description="Train the Run 5 network on codes and their m-heights, or predict heights.",
+        epilog="example: python train_model_v5.py --data codes.pkl heights.pkl --output my_run",
+        argument_default=argparse.SUPPRESS,
+    )
+    data, training, predicting = map(parser.add_argument_group, ("data", "training", "prediction"))
+
+    def add(group, name: str, about: str, **how) -> None:
+        group.add_argument(f"--{name.replace('_', '-')}", help=about, **how)
+
+    file = {"type": Path, "metavar": "FILE"}
+    about = "npz; or codes and heights; or their folder (default: data/augmented.npz)"
+    add(data, "data", about, nargs="+", **file)
+    about = "check the file's heights (default), trust them, or take exact ones instead"
+    add(data, "labels", about, choices=("check", "trust", "relabel"))
+    about = "folder for results (default: run_5; with --predict: that of FILE)"
+    add(data, "output", about, type=Path, metavar="FOLDER")
+    about = "input of the network: numbers of the code's bases (default), or the entries of P"
+    add(training, "features", about, choices=("basis", "raw"))
+    weights = " ".join(f"{x:g}" for x in Settings.group_weights)
+    about = f"nine weights in the loss, for {GROUPS[0]} to {GROUPS[-1]} (default: {weights})"
+    add(training, "group_weights", about, type=number(float, 0, 100), nargs=9, metavar="W")
     hints = get_type_hints(Settings, include_extras=True)
     for option in fields(Settings):
-        # Such as Annotated[int, "rows in one step", 1, 10**6]; a tuple stands for several values.
-        kind, meaning, *limits = get_args(hints[option.name])
-        several, default = get_origin(kind) is tuple, option.default
-        shown = " ".join(map(str, default)) if several else default
-        how = {"default": default, "help": f"{meaning} (default: {shown})"}
-        if get_origin(kind) is Literal:
-            how["choices"] = get_args(kind)
-        else:
-            kind = get_args(kind)[0] if several else kind
-            how |= {"type": number(kind, *limits) if limits else kind, "metavar": kind.__name__}
-        if several:
-            how["nargs"] = len(default) if limits else "+"
-        parser.add_argument(f"--{option.name.replace('_', '-')}", **how)
-    add = parser.add_argument
-    add("--fresh", action="store_true", help="drop an unfinished run and start anew")
-    choices = ("check", "trust", "relabel")
-    meaning = "check the file's heights, trust them, or take exact ones instead"
-    add("--labels", choices=choices, default="check", help=meaning)
-    add("--predict", type=Path, metavar="FILE", help="only predict heights, of the codes in FILE")
-    add("--heights", type=Path, metavar="FILE", help="with --predict: true heights, to compare")
-    add("--model", type=Path, metavar="FILE", help="with --predict: a model other than in run_5/")
-    given = parser.parse_args(argv)
-    if not given.predict and (given.heights or given.model):
-        parser.error("--heights and --model: expected --predict FILE beside them")
-    values = {option.name: getattr(given, option.name) for option in fields(Settings)}
-    return Settings(**{x: tuple(v) if isinstance(v, list) else v for x, v in values.items()}), given
+        if get_origin(hints[option.name]) is Annotated:
+            kind, meaning, least, most = get_args(hints[option.name])
+            group = data if option.name in DATA_OPTIONS else training
+            about = f"{meaning}, {least} to {most} (default: {option.default:g})"
+            add(group, option.name, about, type=number(kind, least, most), metavar=kind.__name__)
+    add(training, "fresh", "drop an unfinished run and start anew", action="store_true")
+    about = "do not train; write predicted and exact heights of the codes in FILE"
+    add(predicting, "predict", about, **file)
+    add(predicting, "model", "what predicts (default: run_5/best_model_run5.h5)", **file)
+
+    typed = vars(parser.parse_args(argv))
+    beside = {"predict", "model", "output"} if "predict" in typed else typed.keys() - {"model"}
+    if unused := ", ".join(f"--{x.replace('_', '-')}" for x in typed if x not in beside):
+        parser.error(
+            f"{unused}: no effect {'beside' if 'predict' in typed else 'without'} --predict"
+        )
+    of_run = {x.name: typed[x.name] for x in fields(Settings) if x.name in typed}
+    return Settings(**{x: tuple(y) if isinstance(y, list) else y for x, y in of_run.items()}), typed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for what cannot be used or written, 130 for Ctrl-C."""
+    """Returns the exit status: 0, 2 for what cannot be used or written, 130 when interrupted."""
     for name in ("absl", "tensorflow"):  # They warn of the h5 format and of several models.
         logging.getLogger(name).setLevel("ERROR")
-    settings, given = parse_arguments(argv)
+    settings, typed = parse_arguments(argv)
     keep_freed_memory()
+    keras.config.set_floatx("float32")  # The user's keras.json may name another.
+    without = " without --fresh" * ("fresh" in typed)
+    again = f"; the same command{without} resumes training"
     try:
-        if given.predict:
-            model = given.model or TRAINED
-            output = None if settings.output is Settings.output else settings.output
-            predict(given.predict, given.heights, given.labels, model, output)
+        if "predict" in typed:
+            again = ""
+            predict(typed["predict"], typed.get("model", TRAINED), typed.get("output"))
         else:
-            run(settings, given.fresh, given.labels)
+            run(settings, "fresh" in typed, typed.get("labels", "check"))
     except (InputError, OSError, MemoryError) as error:
         print(f"train_model_v5.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "train_model_v5.py: interrupted; training resumes by the same command", file=sys.stderr
-        )
+        print(f"train_model_v5.py: interrupted{again}", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # File names can be any bytes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # A batch system's time limit.
     sys.exit(main())

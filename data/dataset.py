@@ -4,17 +4,17 @@ Nothing in a file is executed, every row is checked, and what cannot be used is 
 that names the file and the row (from 0).
 """
 
+import csv
 import gzip
 import hashlib
 import io
-import numbers
 import operator
 import os
 import pickle
 import pickletools
 import re
 import reprlib
-import sys
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,11 +31,21 @@ P_WIDTH = 20  # Entries of the largest P of the trained groups.
 LONGEST = 12  # Codes in files can be labelled up to this length.
 LABEL_TOLERANCE = 1e-4  # In log2: files may have been labelled by a numerical solver.
 COLUMNS = ("k", "m", "P", "height", "key", "low")  # The arrays that every dataset has.
-SUSPECT_HEIGHT = 1e9  # Far above the heights of real entries that were not rounded.
+SUFFIXES = (".pkl", ".pickle", ".npz", ".csv", ".gz")
 CODES_FILE, HEIGHTS_FILE = "*n_k_m_P*", "*mHeights*"  # The course's names, whatever the suffix.
 CONVERT = (
     "save its columns by np.savez('codes.npz', k=k, m=m, P=P, height=height), see data/README.md"
 )
+# What a file is that cannot be read as npz or pickle, by its first bytes.
+OTHER_FORMATS = {
+    b"SQLite format 3": "an SQLite database",
+    b"\x93NUMPY": "a single array of NumPy",
+    b"\x89HDF": "an HDF5 file",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"{": "a text, perhaps JSON",
+    b"[": "a text, perhaps JSON",
+}
 ROW_OF_P = "k * (n - k) entries, then zeros; from a larger array take P[:k, :n - k].ravel()"
 
 
@@ -55,13 +65,21 @@ class Codes(NamedTuple):
     m: np.ndarray
     P: np.ndarray
 
+    def take(self, rows: np.ndarray) -> "Codes":
+        """The codes of these rows alone. rows: positions, or bool (rows,)."""
+        return Codes(*(column[rows] for column in self))
+
+    def are_trained(self) -> np.ndarray:
+        """Whether n and (k, m) are those of the trained groups, bool (rows,)."""
+        return (self.n == N) & (group_numbers(self.k, self.m) >= 0)
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Labelled codes of length N, row by row.
 
     k, m: int64 (rows,); P: (rows, P_WIDTH), as in Codes; height: float64 (rows,); key: (rows,), of
-    code_keys, equal for equivalent codes; low: bool (rows,), made to have a small height, False for
+    code_keys; low: bool (rows,), made to have a small height, False for
     all rows of a file; features: input of the network in place of P, float32 (rows, width), or
     None; about: file, sha256, rows, duplicates, rows of infinite height left out, origin of the
     labels.
@@ -93,10 +111,11 @@ class Dataset:
         """The dataset of these rows alone, without features. rows: positions, or bool (rows,)."""
         return replace(self, features=None, **{x: getattr(self, x)[rows] for x in COLUMNS})
 
-    def extended(self, other: "Dataset") -> "Dataset":
-        """The dataset with the rows of another after its own, without features."""
-        both = {x: np.concatenate([getattr(self, x), getattr(other, x)]) for x in COLUMNS}
-        return replace(self, features=None, **both)
+    def extended(self, *others: "Dataset") -> "Dataset":
+        """The dataset with the rows of others after its own, without features."""
+        parts = (self, *others)
+        columns = {x: np.concatenate([getattr(part, x) for part in parts]) for x in COLUMNS}
+        return replace(self, features=None, **columns)
 
 
 def group_numbers(k: np.ndarray, m: np.ndarray) -> np.ndarray:
@@ -150,6 +169,7 @@ class _Array:
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, raw = state
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 wrote bytes as text.
         self.values = dtype.read(raw).reshape(shape, order="F" if fortran else "C")
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -181,20 +201,29 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def _read_pickle(path: Path, content: bytes):
-    """The object in a pickle, which may be gzipped, arrays in it as _Array. Raises InputError where
-    it is not plain."""
-    if content.startswith(b"SQLite format 3"):
-        raise InputError(f"{path}: found an SQLite database, expected npz or pickle; {CONVERT}")
+    """The object in a pickle, which may be gzipped, arrays in it as _Array; or one list of all the
+    lists that were appended to the file. Raises InputError where it is not plain."""
+    found = next((x for start, x in OTHER_FORMATS.items() if content.startswith(start)), "")
+    objects, end = [], 0
     try:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
-        for opcode, argument, _ in pickletools.genops(content):
-            # The unpickler makes room for as many objects as the number of the last one says.
-            if "PUT" in opcode.name and argument > len(content):
-                raise pickle.UnpicklingError("it is damaged")
-        return PlainUnpickler(io.BytesIO(content)).load()
+        while end < len(content):
+            piece = io.BytesIO(content[end:])
+            for opcode, argument, _ in pickletools.genops(piece):
+                # The unpickler makes room for as many objects as the number of the last one says.
+                if "PUT" in opcode.name and argument > len(content):
+                    raise pickle.UnpicklingError("it is damaged")
+            end += piece.tell()
+            piece.seek(0)
+            objects.append(PlainUnpickler(piece, encoding="latin1").load())
+        if len(objects) == 1:
+            return objects[0]
+        if objects and all(isinstance(x, list) for x in objects):
+            return [row for rows in objects for row in rows]
+        raise pickle.UnpicklingError(f"it holds {len(objects)} objects, not all of them lists")
     except Exception as error:  # A damaged pickle can raise anything.
-        problem = f"cannot be read as npz or pickle: {one_line(error)}; else {CONVERT}"
+        problem = f"cannot be read as npz or pickle: {found or one_line(error)}; else {CONVERT}"
         raise InputError(f"{path}: {problem}") from None
 
 
@@ -223,7 +252,7 @@ def _checked(source: Path | str, n, k, m, P: np.ndarray, trained: bool) -> Codes
         raise InputError(f"{source}: found no rows, expected codes")
     n, k, m, P = (np.asarray(x, dtype=np.float64) for x in (n, k, m, P))
     if trained:
-        good = (n == N) & (group_numbers(k, m) >= 0)
+        good = Codes(n, k, m, P).are_trained()
         expected = f"n = {N} and (k, m) one of {', '.join(map(str, GROUPS))}"
     else:
         good = (n <= LONGEST) & (k >= 1) & (k < n) & (m >= 1) & (m <= n - k)
@@ -269,25 +298,46 @@ def _rows_of_dictionary(source: Path | str, dictionary: dict) -> list:
             items = [value] if np.shape(value) in ((), (k, n - k)) else value
         except (TypeError, ValueError, OverflowError):
             expected = "expected keys (n, k, m), each with one matrix or height or a list of them"
+            if isinstance(value, dict) and "GeneratorMatrix" in value:
+                expected += "; data/README.md has the lines that make P of a GeneratorMatrix"
             found = f"found the key {one_line(key)} with {one_line(value)}"
             raise InputError(f"{source}: {found}, {expected}") from None
         rows += [[n, k, m, item] for item in items]
     return rows
 
 
-def _advice(n: int, k: int, P, array: np.ndarray) -> str:
-    """What to do about a P, and the array of it, that is not k by n - k numbers; else ""."""
-    if not array.ndim:
+def _integer(value) -> int:
+    """An integer, or a float that is one. Raises TypeError for anything else."""
+    whole = isinstance(value, float) and value.is_integer()
+    return int(value) if whole else operator.index(value)
+
+
+def _numbers(P) -> np.ndarray:
+    """P as an array of numbers. Exact ones (Fraction, sympy's) become floats."""
+    array = np.asarray(P)
+    if array.dtype.kind not in "iuf":
+        array = np.asarray(P, dtype=object)
+        if all(
+            hasattr(x, "__float__") and not isinstance(x, bool | np.ndarray) for x in array.flat
+        ):
+            array = array.astype(np.float64)
+    return array
+
+
+def _advice(n: int, k: int, P: np.ndarray) -> str:
+    """What to do about a P that is not k by n - k numbers, or ""."""
+    if not P.ndim:
         return ""
-    for place, entry in enumerate(np.asarray(P, dtype=object).flat):
-        if isinstance(entry, bool) or not isinstance(entry, numbers.Real):
-            row = place // np.shape(P)[-1]
-            return f"; in row {row} of P there is {one_line(entry)}"
-    if array.shape == (n - k,):
+    if P.dtype.kind not in "iuf":
+        others = [x for x in P.flat if not hasattr(x, "__float__") or isinstance(x, bool)]
+        return f"; in P there is {one_line(others[0])}" if others else ""
+    if P.shape == (n - k,):
         return "; this looks like one row of P, a list of one matrix is [P]"
-    if array.shape == (k, n) and (array[:, :k] == np.eye(k)).all():
+    if P.shape == (k, n) and (P[:, :k] == np.eye(k)).all():
         return "; this is G = [I | P], whose P is G[:, k:]"
-    if array.ndim == 2 and not (array[k:].any() or array[:, n - k :].any()):
+    if P.shape == (k, n):
+        return "; this looks like a generator matrix G, data/README.md has the lines that make P"
+    if P.ndim == 2 and not (P[k:].any() or P[:, n - k :].any()):
         return "; this looks like P padded with zeros, take P[:k, :n - k]"
     return ""
 
@@ -303,11 +353,11 @@ def codes_from_rows(source: Path | str, rows: Sequence, trained: bool = True) ->
     for i, row in enumerate(rows):
         advice = ""
         try:
-            n, k, m = map(operator.index, row[:3])
-            (P,) = map(np.asarray, row[3:])
+            n, k, m = map(_integer, row[:3])
+            (P,) = map(_numbers, row[3:])
             sizes[i] = n, k, m
             if P.dtype.kind not in "iuf" or P.shape not in ((k, n - k), (k * (n - k),)):
-                advice = _advice(n, k, row[3], P)
+                advice = _advice(n, k, P)
                 raise ValueError
         except (TypeError, ValueError, OverflowError, KeyError):
             if isinstance(row, dict):
@@ -325,6 +375,9 @@ def codes_from_rows(source: Path | str, rows: Sequence, trained: bool = True) ->
 def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The named arrays of numbers, and n if the file has it, all of the first one's length."""
     try:
+        inside = zipfile.ZipFile(io.BytesIO(content)).namelist()
+        if not all(name.endswith(".npy") for name in inside):
+            raise ValueError(f"it is a zip of {', '.join(inside[:3])}")
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*names, "n") if name in file.files}
     except Exception as error:  # NumPy and zipfile raise many kinds for a damaged file.
@@ -332,6 +385,8 @@ def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> dict[str, np.
     if missing := set(names) - set(arrays):
         raise InputError(f"{path}: has no array {min(missing)}, expected {', '.join(names)}")
     for name, array in arrays.items():
+        if name != "P" and array.shape[1:] == (1,):
+            array = arrays[name] = array[:, 0]
         shape = (arrays[names[0]].size, *(array.shape[-1:] if name == "P" else ()))
         if array.shape != shape or array.dtype.kind not in "iuf":
             found = f"array {name} of {array.dtype} and shape {array.shape}"
@@ -358,13 +413,32 @@ def read_codes(path: Path | str, trained: bool = True) -> Codes:
     return codes_from_rows(path, rows, trained)
 
 
+def _read_csv(path: Path, content: bytes, codes: Codes | None) -> pd.Series:
+    """The column height, in the order of the column row if there is one. If there are n, k and m,
+    they have to be the codes'."""
+    table = pd.read_csv(io.BytesIO(content), index_col=False, float_precision="round_trip")
+    fields = {len(row) for row in csv.reader(io.StringIO(content.decode())) if row}
+    if len(fields) > 1:
+        raise ValueError(f"lines have {min(fields)} to {max(fields)} fields")
+    if "row" in table:
+        table = table.sort_values("row", ignore_index=True)
+        if table["row"].tolist() != [*range(len(table))]:
+            raise ValueError("its column row has other numbers than 0, 1, 2 ...")
+    if codes is not None and len(codes.k) == len(table):
+        for name in {"n", "k", "m"} & {*table}:
+            if (different := np.flatnonzero(table[name] != getattr(codes, name))).size:
+                raise ValueError(f"row {different[0]}: found another {name} than the code has")
+    return table["height"]
+
+
 def read_heights(path: Path | str, codes: Codes | None = None) -> np.ndarray:
     """Heights, float64 (rows,), from npz (array height), csv (column height), a pickled list, a
-    pickled dictionary with keys (n, k, m), or the folder of a course file.
+    pickled dictionary with keys (n, k, m), or the folder of a course file. NaN for what is no
+    number.
 
-    codes: where they are given, there must be a height for each, and a dictionary's are brought to
-    their order. A height may be infinite. Raises InputError, with the row, for a file that holds
-    something else and for a height that is not a number or below 1; OSError for a missing file.
+    codes: where they are given, there must be a height for each, and those of a dictionary or of a
+    csv with a column row are brought to their order. Raises InputError for a file that holds
+    something else; OSError for a missing file.
     """
     path = in_folder(path, HEIGHTS_FILE)
     content, keys = path.read_bytes(), None
@@ -375,17 +449,18 @@ def read_heights(path: Path | str, codes: Codes | None = None) -> np.ndarray:
         values = np.asarray(values) if isinstance(values, _Array) else values
     try:
         if path.suffix == ".csv":
-            values = pd.read_csv(io.BytesIO(content), usecols=["height"])["height"]
+            values = _read_csv(path, content, codes)
         elif isinstance(values, dict):
             rows = _rows_of_dictionary(path, values)
             keys, values = [row[:3] for row in rows], [row[3] for row in rows]
         elif not isinstance(values, list | tuple | np.ndarray):
             raise TypeError(f"it holds {one_line(values)}")
+        if np.shape(values)[1:] == (1,):
+            values = np.ravel(values)
         values = pd.Series(values, dtype=object)
         heights = np.array(pd.to_numeric(values, errors="coerce"), dtype=np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise InputError(f"{path}: expected a list of heights: {one_line(error)}") from None
-    _require(path, heights >= 1, lambda i: f"height {one_line(values[i])}", "a number of 1 or more")
     if codes is None:
         return heights
     if len(heights) != len(codes.k):
@@ -401,44 +476,36 @@ def read_heights(path: Path | str, codes: Codes | None = None) -> np.ndarray:
 
 def are_equal(heights: np.ndarray, exact: np.ndarray) -> np.ndarray:
     """Whether heights are the exact ones, bool (rows,), to a small tolerance where finite."""
-    with np.errstate(invalid="ignore"):  # The difference of two infinite ones is NaN.
+    with np.errstate(all="ignore"):  # A height may be NaN or below 0.
         near = np.abs(np.log2(exact) - np.log2(heights)) <= LABEL_TOLERANCE
     return near | (exact == heights)
-
-
-def warn_of_suspects(source: Path | str, codes: Codes) -> int:
-    """Print a warning on codes whose exact heights are finite only, as it seems, since entries of P
-    were rounded; returns their number."""
-    real = np.flatnonzero((np.rint(codes.P) != codes.P).any(axis=1))
-    heights = exact_heights(Codes(*(column[real] for column in codes)))
-    rows = real[np.isfinite(heights) & (heights > SUSPECT_HEIGHT)].tolist()
-    if rows:
-        found = f"{len(rows)} suspect heights above {SUSPECT_HEIGHT:g}, rows {one_line(rows)}"
-        why = "where entries of P were rounded, the height of the code itself can be infinite"
-        print(f"{source}: {found}: {why}", file=sys.stderr)
-    return len(rows)
 
 
 def true_heights(codes: Codes, path: Path, labels: str = "check") -> tuple[np.ndarray, str]:
     """The heights of the codes by a file, float64 (rows,), and in words where they are from.
 
     labels: "check" compares them with exact heights, "trust" does not, and "relabel" takes exact
-    heights instead. Raises InputError unless the file has a height for each code, and, for "check",
-    at the first one that is wrong.
+    heights instead. A height is infinite where the exact one is, whatever the label: for "check"
+    only if P has real entries, whose rounding can make it finite. Raises InputError unless the file
+    has a height for each code, for "check" at the first one that is wrong, and for "trust" at the
+    first one below 1.
     """
-    heights = read_heights(path, codes)
-    if labels == "trust":
-        return heights, "as in the file, not checked"
-    exact = exact_heights(codes)
+    heights, exact = read_heights(path, codes), exact_heights(codes)
     same = are_equal(heights, exact)
     wrong = f"{(~same).sum():,} of {len(same):,} heights"
     if labels == "relabel":
         return exact, f"exact ones in place of the file's, where {wrong} were wrong"
+    if labels == "trust":
+        good = heights >= 2**-LABEL_TOLERANCE
+        _require(path, good, lambda i: f"height {heights[i]:.10g}", "a number of 1 or more")
+        return np.where(np.isinf(exact), np.inf, heights), "as in the file, not checked"
+    real = (np.rint(codes.P) != codes.P).any(axis=1)
+    same |= real & np.isinf(exact)
     way_on = "--labels relabel takes exact ones and leaves rows of infinite height out"
     way_on = f"{wrong} are wrong; {way_on}, --labels trust keeps these"
     expected = f"{exact[np.argmin(same)]:.8g} ({way_on})"
     _require(path, same, lambda i: f"height {heights[i]:.10g}", expected)
-    return heights, "as in the file, all of them checked"
+    return np.where(np.isinf(exact), np.inf, heights), "as in the file, all of them checked"
 
 
 def load_dataset(*paths: Path | str, labels: str = "check") -> Dataset:
@@ -453,7 +520,7 @@ def load_dataset(*paths: Path | str, labels: str = "check") -> Dataset:
     files = [in_folder(paths[0], CODES_FILE), in_folder(paths[-1], HEIGHTS_FILE)]
     codes = read_codes(files[0])
     height, origin = true_heights(codes, files[1], labels)
-    suspect, finite = warn_of_suspects(files[0], codes), np.isfinite(height)
+    finite = np.isfinite(height)
     if not finite.any():
         raise InputError(f"{files[1]}: found infinite heights alone, expected finite ones")
     k, m, P, height = (column[finite] for column in (*codes[1:], height))
@@ -468,10 +535,17 @@ def load_dataset(*paths: Path | str, labels: str = "check") -> Dataset:
         "rows": len(height),
         "duplicates": int(pd.DataFrame({"key": key, "m": m}).duplicated().sum()),
         "infinite": int((~finite).sum()),
-        "suspect": suspect,
         "labels": origin,
     }
     return Dataset(k, m, P, height, key, np.zeros(len(height), dtype=bool), about=about)
+
+
+def without_suffix(path: Path) -> str:
+    """The file's name without the suffix of its format: a name may have other dots."""
+    name = path.name
+    while (shorter := Path(name)).suffix in SUFFIXES:
+        name = shorter.stem
+    return name
 
 
 # --- writing --------------------------------------------------------------------------------------

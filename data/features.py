@@ -54,16 +54,18 @@ class MinorLayer(layers.Layer):
     def minors(self, P, k: int):
         """|det G_B| for the sets B of itertools.combinations, (sets, rows). P: (rows, 20).
 
-        By the rule of heights.py, one that rounding alone can have made is 0. In floating point
-        that goes for integers, too, where a minor can be 2^53 or more.
+        By the rule of heights.py at ROUNDING, what rounding alone can have made is 0. In floating
+        point that goes for integers, too, where a minor can be 2^53 or more.
         """
         r = N - k
         entries = ops.transpose(ops.cast(P, "float64")[:, : k * r])
+        largest = ops.max(ops.abs(entries), axis=0, initial=0.0)
+        entries = ops.where(ops.abs(entries) > ROUNDING * largest, entries, 0.0)
         tables, one = minor_tables(k, r), ops.ones_like(entries[:1])
         minors = ops.abs(ops.concatenate([one, *expand(entries, tables, -1, rows_of)]))
         sizes = ops.concatenate([one, *expand(ops.abs(entries), tables, +1, rows_of)])
         exact = ops.all(ops.equal(entries, ops.round(entries)), axis=0)
-        exact = ops.logical_and(exact, ops.max(sizes, axis=0) < EXACT_INTEGER_LIMIT)
+        exact = ops.logical_and(exact, ops.max(sizes, axis=0, initial=1.0) < EXACT_INTEGER_LIMIT)
         rounding = ops.where(exact, 0.0, ROUNDING * sizes)
         return rows_of(ops.where(minors > rounding, minors, 0.0), minor_order(k, r))
 
@@ -121,7 +123,7 @@ class BasisFeatures(MinorLayer):
         # In the falling order s_B has the index m. For m = r there is none, and log2 of 1 is 0.
         s = ops.sum(falling * ops.one_hot(m, r, dtype="float64")[:, None, :], axis=2)
         bound = ops.where(ops.transpose(minors) > 0, rho - s, -np.inf)
-        largest = ops.max(bound, axis=1, keepdims=True)
+        largest = ops.max(bound, axis=1, keepdims=True, initial=0.0)
         # By rho where bounds are nearly equal, so that rounding does not decide.
         order = ops.top_k(bound + rho / 2**14, sets)[1]
         bound, rho = (ops.take_along_axis(x, order, axis=1) for x in (bound, rho))

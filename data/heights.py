@@ -22,7 +22,7 @@ import numpy as np
 # The codes that networks are trained on: their length n and their (k, m) groups.
 N = 9
 GROUPS = ((4, 2), (4, 3), (4, 4), (4, 5), (5, 2), (5, 3), (5, 4), (6, 2), (6, 3))
-# Those where the height is not simply the largest bound that a basis gives, as it is for m = n - k.
+# Those where the height is not just the largest bound of a basis, as it is for m = n - k.
 OPEN_GROUPS = tuple((k, m) for k, m in GROUPS if m < N - k)
 # Matrices handled in one go: few enough that the tables of one chunk stay in a core's own cache.
 CHUNK = 128
@@ -30,9 +30,9 @@ CHUNK = 128
 EXACT_INTEGER_LIMIT = 2.0**53
 # A real minor with a larger possible rounding error, relative to it, is computed as a fraction.
 MINOR_RELATIVE_ERROR = 1e-11
-# A minor of real entries is 0 where it is this small beside the permanent of the entries' sizes: the
-# entries themselves are rounded to 1e-16.
-ROUNDING = 2e-15
+# A real entry is 0 where it is as small as this beside the largest one, and a minor of real entries
+# beside the permanent of their sizes: what computed the entries may have lost a few digits of 16.
+ROUNDING = 1e-13
 # Outside these magnitudes products of four real entries can leave the range of float64.
 REAL_ENTRY_MIN, REAL_ENTRY_MAX = 1e-50, 1e50
 
@@ -118,10 +118,13 @@ def _are_exact(P: np.ndarray, size: int) -> np.ndarray:
 def _abs_minors(entries: np.ndarray, k: int, r: int) -> np.ndarray:
     """|maximal minors of G|, shape (C(k + r, k), batch), from P's entries, (k * r, batch)."""
     tables, order = minor_tables(k, r), minor_order(k, r)
-    one = np.ones((1, entries.shape[1]))
+    one, size = np.ones((1, entries.shape[1])), min(k, r)
+    exact = _are_exact(entries, size).all()
+    if not exact:
+        real, sizes = (np.rint(entries) != entries).any(axis=0), np.abs(entries)
+        entries = np.where(real & (sizes <= ROUNDING * sizes.max(axis=0)), 0.0, entries)
     minors = np.abs(np.concatenate([one, *expand(entries, tables, -1)])[order])
-    size = min(k, r)
-    if _are_exact(entries, size).all():
+    if exact:
         return minors
 
     # The permanents of |P| bound the rounding errors. What these can have changed is made exact.
@@ -131,7 +134,6 @@ def _abs_minors(entries: np.ndarray, k: int, r: int) -> np.ndarray:
     for b, i in np.argwhere((rounding > MINOR_RELATIVE_ERROR * minors) & (permanents > 0)):
         part = entries[:, i].reshape(k, r)[np.ix_(*_minor_of_basis(bases[b], k))]
         minors[b, i] = abs(float(_fraction_det([[*map(Fraction, row)] for row in part.tolist()])))
-    real = (np.rint(entries) != entries).any(axis=0)
     minors[real & (minors <= ROUNDING * permanents)] = 0
     return minors
 
@@ -164,7 +166,8 @@ def minors(P: np.ndarray) -> np.ndarray:
     belongs to the b-th set of k columns in the order of itertools.combinations(range(n), k). Exact
     for integers whose minors stay below 2^53 (|entries| <= 100 gives at most 2.4e9); otherwise
     right to 1e-11 relative. Those of integers are 0 where the minor is; those of real entries also
-    where it is at most ROUNDING times the permanent of the entries' sizes. Raises ValueError when P has another shape or entries that are not finite.
+    where rounding of the entries can have made it, by the rule at ROUNDING. Raises ValueError when
+    P has another shape or entries that are not finite.
     """
     P = _check_matrices(P)
     _, k, r = P.shape
@@ -260,13 +263,13 @@ def m_heights(P: np.ndarray, ms: int | Sequence[int]) -> np.ndarray:
 
 def code_keys(P: np.ndarray) -> np.ndarray:
     """One digest for each matrix, equal for codes that are equal up to the order and signs of rows
-    and columns.
+    and columns of P, and of integers in every systematic form whose P has integers.
 
     P: shape (batch, k, n - k). Returns bytes of dtype S32, shape (batch,). Integers with minors
     below 2^53: the digest of the sorted absolute maximal minors of G. Real entries: that of the
     sorted absolute minors of P of order 1 and 2, whose rounding does not depend on the order of
-    rows and columns. Equivalent codes always share a key; others do so rarely. Raises ValueError as
-    `minors` does.
+    rows and columns; in another systematic form a real code has another key. Different codes rarely
+    share one. Raises ValueError as `minors` does.
     """
     P = _check_matrices(P)
     _, k, r = P.shape

@@ -32,7 +32,6 @@ from data.dataset import (
     load_dataset,
     read_codes,
     read_heights,
-    warn_of_suspects,
     write_heights,
 )
 from data.heights import GROUPS, OPEN_GROUPS, N, code_keys, m_heights
@@ -55,19 +54,19 @@ LABEL_BLOCK = 5000  # Codes that one process labels in one go.
 
 def make_group(
     rng: np.random.Generator, k: int, m: int, rows: int, known: set[bytes], very_low: int = 0
-) -> dict[str, np.ndarray]:
-    """Columns of a Dataset: new codes of one (k, m) group with exact heights, so many rows.
+) -> Dataset:
+    """New codes of one (k, m) group with exact heights, so many rows.
 
     The last rows are low codes: a share LOW_SHARE by low_matrices, then `very_low` codes by
     very_low_matrices, each VERY_LOW_TIMES. Codes of infinite height and codes whose key (of
     code_keys) is in `known` are left out, and others are made in their place; the keys of the new
     codes are added to `known`.
     """
-    low = round(LOW_SHARE * rows)
-    random = rows - low - VERY_LOW_TIMES * very_low
+    low_count = round(LOW_SHARE * rows)
+    random = rows - low_count - VERY_LOW_TIMES * very_low
     ways = (
         (random, 1, lambda n: random_matrices(rng, np.clip(2 * n, 1000, 20_000), k, N - k)),
-        (low, 1, lambda n: low_matrices(rng, max(n * 5 // 4, 100), k, m)),
+        (low_count, 1, lambda n: low_matrices(rng, max(n * 5 // 4, 100), k, m)),
         (very_low, VERY_LOW_TIMES, lambda n: very_low_matrices(rng, max(n * 5 // 4, 100), k, m)),
     )
     parts = []
@@ -85,14 +84,8 @@ def make_group(
             count -= len(new)
         parts += times * made
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    is_low = np.arange(rows) >= random
-    return columns | {"k": np.full(rows, k), "m": np.full(rows, m), "low": is_low}
-
-
-def joined(groups: Iterable[dict[str, np.ndarray]]) -> Dataset:
-    """The dataset of the columns of these groups."""
-    groups = list(groups)
-    return Dataset(**{name: np.concatenate([part[name] for part in groups]) for name in groups[0]})
+    low = np.arange(rows) >= random
+    return Dataset(k=np.full(rows, k), m=np.full(rows, m), low=low, **columns)
 
 
 def make_dataset(
@@ -106,13 +99,14 @@ def make_dataset(
     that are left out.
     """
     rng, known = np.random.default_rng(seed), set(known)
-    return joined(make_group(rng, k, m, rows_per_group, known) for k, m in GROUPS)
+    first, *others = (make_group(rng, k, m, rows_per_group, known) for k, m in GROUPS)
+    return first.extended(*others)
 
 
-def make_extra_codes(rows_per_group: int, seed: int, known: Iterable[bytes]) -> Dataset:
+def make_extra_codes(rows_per_group: int, seed: int, known: Iterable[bytes]) -> Iterator[Dataset]:
     """Codes to add to a training set: as make_dataset makes them, and some of very small height.
 
-    They are of the OPEN_GROUPS alone, `rows_per_group` each. Those of very small height are a share
+    Yields a dataset for each of the OPEN_GROUPS, in order. Codes of very small height are a share
     VERY_LOW_SHARE, each VERY_LOW_TIMES. The codes of known and of the file VERY_LOW are left out.
     Groups are made in parallel, from seeds of their own, so that the codes do not depend on the
     number of cores. Raises InputError when a process is killed.
@@ -124,7 +118,7 @@ def make_extra_codes(rows_per_group: int, seed: int, known: Iterable[bytes]) -> 
         rng = np.random.default_rng([seed, 1, GROUPS.index((k, m))])
         arguments.append((rng, k, m, rows_per_group, set(known), very_low))
     workers = joblib.cpu_count() if rows_per_group > 1000 else 1
-    return joined(in_parallel(make_group, arguments, workers))
+    return in_parallel(make_group, arguments, workers)
 
 
 def in_parallel(function: Callable, arguments: Iterable[tuple], workers: int) -> Iterator:
@@ -184,7 +178,7 @@ def label_file(inputs: Path, heights_file: Path | None, output: Path) -> None:
         claimed = read_heights(heights_file, codes)
     blocks = np.array_split(np.lexsort(codes[:3]), math.ceil(len(codes.k) / LABEL_BLOCK))
     workers = joblib.cpu_count() if len(blocks) > 1 else 1
-    parts = ((Codes(*(column[rows] for column in codes)),) for rows in blocks)
+    parts = ((codes.take(rows),) for rows in blocks)
     heights, done = np.empty(len(codes.k)), 0
     for rows, block in zip(blocks, in_parallel(exact_heights, parts, workers), strict=True):
         heights[rows] = block
@@ -192,7 +186,6 @@ def label_file(inputs: Path, heights_file: Path | None, output: Path) -> None:
         print(f"{done:,} of {len(heights):,} codes", flush=True)
     write_heights(output, codes, heights)
     print(f"{output}: {len(heights):,} heights, {np.isinf(heights).sum():,} of them infinite")
-    warn_of_suspects(inputs, codes)
     if heights_file:
         wrong = np.flatnonzero(~are_equal(claimed, heights)).tolist()
         print(f"{heights_file}: {len(wrong):,} of {len(heights):,} heights are wrong")

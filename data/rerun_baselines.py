@@ -30,7 +30,7 @@ import train_model_v5 as run5  # isort: skip
 import keras
 import numpy as np
 import pandas as pd
-from keras import callbacks, layers
+from keras import layers
 
 from data.dataset import P_WIDTH, Dataset, InputError, load_dataset, replacing
 
@@ -138,28 +138,26 @@ def train_run(run: str, dataset: Dataset, settings: run5.Settings, work: Path) -
     epochs = min(settings.epochs, changes["epochs"])
     settings = replace(settings, **changes | {"epochs": epochs})
     sets = run5.make_sets(dataset, settings)
+    run5.require_disjoint(sets)
     sets = {x: replace(data, features=data.P.astype("float32")) for x, data in sets.items()}
     work.mkdir(parents=True, exist_ok=True)
     same = {"run": run, "data": dataset.about["sha256"], "seed": settings.seed}
-    checkpoint = run5.Checkpoint(work / "checkpoint.npz", same)
+    schedule = cosine if run == "run4" else None
+    training = run5.Training(work / "checkpoint.npz", same, settings, schedule, least_rate)
 
     keras.utils.clear_session()
     keras.utils.set_random_seed(settings.seed)
     network = build(sets["training"].features, settings.width)
-    optimizer, (schedule, plateau, stopping) = run5.optimizer_and_callbacks(settings)
-    schedule = callbacks.LearningRateScheduler(cosine) if run == "run4" else schedule
-    plateau.min_lr = least_rate
-    used = [schedule, plateau, stopping]
-    batches = run5.Batches(sets["training"], settings)
-    run5.train(network, optimizer, used, batches, sets["validation"], checkpoint)
-    errors, _ = run5.evaluate(run5.height_model(network, "raw"), sets, "raw")
+    batches = run5.Batches(sets["training"], len(sets["training"]), settings)
+    training.fit(network, batches, sets["validation"])
+    errors, _ = run5.evaluate(network, sets, "raw")
     return {
         "errors": {x: table.reset_index().to_dict("records") for x, table in errors.items()},
-        "epochs_run": len(checkpoint.history),
-        "best_epoch": run5.best_epoch(checkpoint.history),
-        "complete": checkpoint.stopped or epochs == changes["epochs"],
+        "epochs_run": len(training.history),
+        "best_epoch": run5.best_epoch(training.history),
+        "stopped_early": training.stopped_early or epochs == changes["epochs"],
         "parameters": network.count_params(),
-        "times": {"seconds": checkpoint.seconds},
+        "times": {"seconds": training.seconds},
         "settings": asdict(settings),
         "dataset": dataset.about,
     }
@@ -169,16 +167,22 @@ def train_run(run: str, dataset: Dataset, settings: run5.Settings, work: Path) -
 
 
 def rows_of(run: str, results: dict) -> pd.DataFrame:
-    """A run's rows for the csv, one for each group. results: as in metrics.json."""
+    """A run's rows for the csv, one for each group. results: as in metrics.json.
+
+    Raises InputError for a run that --epochs ended: its rows would stand for the whole training.
+    """
+    if not results["stopped_early"]:
+        problem = f"{run}: was ended by --epochs after {results['epochs_run']}"
+        raise InputError(f"{problem}, expected a training that early stopping ended")
     test, val = (pd.DataFrame(results["errors"][x]) for x in ("test", "validation"))
     return val[["k", "m", "n"]].assign(
         run=run,
         source="measured",
-        log2_mse=val["run5"],
-        test_log2_mse=test["run5"],
+        log2_mse=val["network"],
+        test_log2_mse=test["network"],
         epochs=results["epochs_run"],
         best_epoch=results["best_epoch"],
-        ended="complete" if results["complete"] else f"--epochs {results['epochs_run']}",
+        ended="complete",
         parameters=results["parameters"],
         seconds=round(results["times"]["seconds"]),
         backend="tensorflow",
@@ -204,7 +208,7 @@ def write_rows(table: pd.DataFrame, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     logging.getLogger("tensorflow").setLevel("ERROR")  # It warns of several models.
-    default, about = run5.Settings(), __doc__.splitlines()[0]
+    default, about = run5.Settings(), "Train Run 2 and Run 4 on the dataset, for comparison."
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=about)
     add = parser.add_argument
     add("--runs", nargs="+", choices=RUNS, default=[*RUNS], help="(default: all)")
@@ -216,6 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--epochs", type=run5.number(int, 1, 10**6), default=default.epochs, help="at most")
     add("--seed", type=run5.number(int, 0, 2**32 - 1), default=default.seed, help="of everything")
     given = parser.parse_args(argv)
+    run5.keep_freed_memory()
+    keras.config.set_floatx("float32")
     settings = replace(default, epochs=given.epochs, seed=given.seed)
     own = given.data != default.data
     csv = given.csv or (given.output / "baselines.csv" if own else run5.BASELINES)
@@ -226,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 rows = rows_of(given.add[0], json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}: is not of a finished run: {error!r}") from None
+                problem = f"is not of a finished run: {run5.one_line(error)}"
+                raise InputError(f"{path}: {problem}") from None
             write_rows(rows, csv)
             return 0
         dataset = load_dataset(*given.data)
@@ -234,6 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for run in given.runs:
             work = given.output / f"{run}-{given.seed}"
             results = train_run(run, dataset, settings, work)
+            if not results["stopped_early"]:
+                print(f"{run}: ended by --epochs, so that no rows are written; more epochs go on")
+                continue
             write_rows(rows_of(run.replace("run", "Run "), results), csv)
             print(f"{run}: the rows are in {csv}")
             shutil.rmtree(work, ignore_errors=True)

@@ -3,12 +3,14 @@
     python tests/benchmark.py accuracy
     python tests/benchmark.py training library prediction [--repeats 3]
 
-Rate and reference are measured in turn, `--repeats` times. The table has the median of each, and
-the median, least and largest of the ratios. Nothing else should run on the machine meanwhile. The
-library is analog-ecc-heights of PyPI, to be installed for this alone.
+Both are measured in turn, `--repeats` times. The table has the median of each, and the median,
+least and largest of the ratios; `training` has seconds an epoch, where less is better. Nothing else
+should run on the machine meanwhile. The library is analog-ecc-heights of PyPI, to be installed for
+this alone.
 """
 
 import argparse
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,8 +32,6 @@ from data.dataset import Codes, Dataset, exact_heights, flatten, unflatten, writ
 from data.heights import GROUPS, N, m_heights
 from data.prepare import VERY_LOW, make_dataset
 
-STEPS = 60
-
 
 def rate(work: Callable[[], int]) -> float:
     """What `work` says it did, a second."""
@@ -49,47 +49,58 @@ def line(name: str, measured: list[float], reference: list[float]) -> str:
     """One line of the table."""
     ratios = np.divide(measured, reference)
     figures = (
-        f"{np.median(measured):>10,.0f}{np.median(reference):>10,.4g}{np.median(ratios):>10,.2f}"
+        f"{np.median(measured):>10,.4g}{np.median(reference):>10,.4g}{np.median(ratios):>10,.2f}"
     )
     return f"{name:<36}{figures}  {ratios.min():,.2f} to {ratios.max():,.2f}"
 
 
-def training_rows(settings: run5.Settings) -> Dataset:
-    """Rows of all groups for so many steps, with their features."""
-    data = make_dataset(1 + STEPS * settings.batch_size // len(GROUPS), seed=1)
-    return replace(data, features=run5.predict_all(run5.feature_model("basis"), data))
-
-
-class StepEnds(keras.callbacks.Callback):
-    def on_train_begin(self, logs=None) -> None:
-        self.times = []
-
-    def on_train_batch_end(self, batch, logs=None) -> None:
-        self.times.append(time.perf_counter())
+def epoch_seconds(*command: str) -> float:
+    """Mean seconds of an epoch after the first, in which functions are compiled, of a process that
+    prints a line after each."""
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+        ends = [time.perf_counter() for line in process.stdout if line.startswith("epoch")]
+    return np.diff(ends).mean()
 
 
 def training(repeats: int) -> list[str]:
-    """Rows a second by the median step of `fit`: the script's way, and Keras' own Dropout without
-    compilation by XLA."""
-    settings, ends = run5.Settings(extra_codes=0), StepEnds()
-    data = training_rows(settings)
-    batches, kinds = run5.Batches(data, settings), {run5.HashDropout: keras.layers.Dropout}
-    network = run5.build_network(data.features, settings)
+    """Seconds an epoch of the default run as a user types it, against plain_keras, each in a
+    process of its own, without and with the memory kept that is freed."""
+    script = Path(run5.__file__), "--epochs", "4", "--fresh", "--output"
+    with TemporaryDirectory() as folder:
+        ways = [(*script, folder), (__file__, "plain"), (__file__, "plain_kept")]
+        readings = [[epoch_seconds(*map(str, way)) for way in ways] for _ in range(repeats)]
+    ours, plain, kept = zip(*readings, strict=True)
+    lines = [line("seconds an epoch, plain Keras", ours, plain)]
+    return [*lines, line("the same, memory kept in both", ours, kept)]
 
-    def stock(layer: keras.layers.Layer) -> keras.layers.Layer:
-        return kinds.get(type(layer), type(layer)).from_config(layer.get_config())
 
-    plain = keras.models.clone_model(network, clone_function=stock)
-    for model, compiled in ((network, True), (plain, False)):
-        optimizer = run5.optimizer_and_callbacks(settings)[0]
-        model.compile(optimizer, "mse", jit_compile=compiled)
-
-    def rows_a_second(model: keras.Model) -> float:
-        model.fit(batches, verbose=0, shuffle=False, callbacks=[ends])
-        return settings.batch_size / np.median(np.diff(ends.times))
-
-    ways = (lambda: rows_a_second(network), lambda: rows_a_second(plain))
-    return [line("training, rows/s, plain Keras", *in_turn(repeats, *ways))]
+def plain_keras(keep_memory: bool) -> None:
+    """The same rows and network by stock Keras: its own Dropout, not compiled by XLA."""
+    if keep_memory:
+        run5.keep_freed_memory()
+    settings = run5.Settings()
+    dataset = run5.load_dataset(*settings.data)
+    sets = run5.add_extra_codes(run5.make_sets(dataset, settings), settings)
+    front = run5.feature_model("basis")
+    sets = {x: replace(data, features=run5.outputs_of(front, data)) for x, data in sets.items()}
+    kinds = {run5.HashDropout: keras.layers.Dropout}
+    network = keras.models.clone_model(
+        run5.build_network(sets["training"].features, settings),
+        clone_function=lambda x: kinds.get(type(x), type(x)).from_config(x.get_config()),
+    )
+    optimizer = keras.optimizers.AdamW(1e-3, weight_decay=1e-4, clipnorm=1.0)
+    network.compile(optimizer, "mse", jit_compile=False)
+    rows = len(dataset) - len(sets["validation"])
+    validation = sets["validation"]
+    network.fit(
+        run5.Batches(sets["training"], rows, settings),
+        epochs=4,
+        validation_data=(run5.network_inputs(validation), validation.log2_height[:, None]),
+        callbacks=[
+            keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: print("epoch", flush=True))
+        ],
+        verbose=0,
+    )
 
 
 def library(repeats: int) -> list[str]:
@@ -141,9 +152,9 @@ def accuracy(model: Path) -> str:
     validation set are left out.
     """
     settings, network = run5.Settings(), run5.load_trained(model)
-    shipped = run5.load_dataset(*settings.data)
-    sets, front = run5.make_sets(shipped, settings), run5.feature_model("basis")
-    train_set = replace(sets["training"], features=run5.predict_all(front, sets["training"]))
+    shipped, front = run5.load_dataset(*settings.data), run5.feature_model("basis")
+    sets = run5.add_extra_codes(run5.make_sets(shipped, settings), settings)
+    train_set = replace(sets["training"], features=run5.outputs_of(front, sets["training"]))
     rng, k, m = np.random.default_rng(0), *np.repeat(GROUPS, 500, axis=0).T
     uniform = [flatten(rng.integers(-100, 101, (500, k, N - k))) for k, _ in GROUPS]
     within_8 = np.flatnonzero(np.abs(shipped.P).max(axis=1) <= 8)
@@ -172,9 +183,9 @@ def accuracy(model: Path) -> str:
     table = {}
     for name, data in codes.items():
         new = data.take(~np.isin(data.key, known))
-        new = replace(new, features=run5.predict_all(front, new))
+        new = replace(new, features=run5.outputs_of(front, new))
         ways = run5.simple_predictions(train_set, new, "basis")
-        predicted = run5.predict_all(network, new)[:, 0].astype(float)
+        predicted = run5.outputs_of(network, new)[:, 0].astype(float)
         ways = ways.assign(**{"Run 5": np.log2(predicted)})[["mean", "bound", "ridge", "Run 5"]]
         errors = run5.group_errors(new, new.log2_height, ways)
         six = errors[errors.index.isin(run5.TIERS["easy"] + run5.TIERS["medium"])]
@@ -190,13 +201,11 @@ def accuracy(model: Path) -> str:
 
 def prediction(repeats: int) -> list[str]:
     """Codes a second from the model as it is saved, against exact heights; the groups mixed."""
-    settings = run5.Settings()
-    network = run5.build_network(training_rows(settings).features, settings)
-    model = run5.height_model(network, settings.features)
+    model = run5.load_trained(run5.TRAINED)
     codes = make_dataset(4000, seed=1)
     codes = codes.take(np.random.default_rng(0).permutation(len(codes)))
     exact = Codes(np.full(len(codes), N), codes.k, codes.m, codes.P)
-    ways = (lambda: run5.predict_all(model, codes), lambda: exact_heights(exact))
+    ways = (lambda: run5.outputs_of(model, codes), lambda: exact_heights(exact))
     rates = in_turn(repeats, *(lambda way=way: rate(lambda: len(way())) for way in ways))
     return [line("prediction, codes/s, exact heights", *rates)]
 
@@ -206,10 +215,12 @@ RATES = {"training": training, "library": library, "prediction": prediction}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="+", choices=["accuracy", *RATES])
+    parser.add_argument("parts", nargs="+", choices=["accuracy", *RATES, "plain", "plain_kept"])
     parser.add_argument("--repeats", type=int, default=3, help="readings of each (default: 3)")
     parser.add_argument("--model", type=Path, default=run5.TRAINED, help="for accuracy")
     given = parser.parse_args()
+    if given.parts[0].startswith("plain"):  # What `training` starts.
+        return plain_keras(given.parts[0] == "plain_kept")
     if "accuracy" in given.parts:
         print(accuracy(given.model))
     rates = [name for name in given.parts if name in RATES]

@@ -63,24 +63,37 @@ def csv(tmp_path):
     return tmp_path / "baselines.csv"
 
 
-def test_runs_write_their_rows_and_the_report_shows_them(eager, small_npz, small, csv, tmp_path):
+def test_runs_write_their_rows_and_the_report_shows_them(
+    eager, small_npz, small, csv, tmp_path, capsys
+):
     published, work = csv.read_text(), tmp_path / "work"
     narrow = run5.Settings(data=(small_npz,), width=NARROW, batch_size=306, test_codes=10)
+    options = ["--runs", "run2", "run4", "--csv", str(csv), "--output", str(work)]
+    short = {x: (build, y | {"epochs": 1}, z) for x, (build, y, z) in baselines.RUNS.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run5, "Settings", lambda: narrow)
-        options = ["--epochs", "1", "--csv", str(csv), "--output", str(work)]
-        assert baselines.main(["--runs", "run2", "run4", *options]) == 0
+        assert baselines.main([*options, "--epochs", "1"]) == 0
+        assert csv.read_text() == published and len([*work.iterdir()]) == 2  # To go on with.
+        patch.setattr(baselines, "RUNS", short)
+        assert baselines.main(options) == 0
     assert csv.read_text().startswith(published)  # Other lines stay as they are.
     rows = pd.read_csv(csv).query("source == 'measured'")
     assert list(rows["run"].unique()) == ["Run 2", "Run 4"] and len(rows) == 18
-    assert set(rows["ended"]) == {"--epochs 1"} and not list(work.iterdir())
+    assert set(rows["ended"]) == {"complete"} and not list(work.iterdir())
     assert (rows["log2_mse"] != rows["test_log2_mse"]).all()
     assert set(rows["dataset"]) == {small.about["sha256"]}
 
     output = tmp_path / "own"
-    arguments = ["--epochs", "1", "--dropout", "0", "--width", str(NARROW), "--test-codes", "10"]
-    assert run5.main(["--data", str(small_npz), "--output", str(output), *arguments]) == 0
-    name = "Run 5 without dropout"
+    arguments = ["--data", str(small_npz), "--output", str(output), "--dropout", "0"]
+    arguments += ["--width", str(NARROW), "--test-codes", "10", "--extra-codes", "0"]
+    arguments += ["--stop-patience", "1", "--stop-min-delta", "99"]
+    assert run5.main([*arguments, "--epochs", "1"]) == 0
+    name, before = "Run 5 without dropout", csv.read_text()
+    assert baselines.main(["--add", name, str(output), "--csv", str(csv)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "metrics.json" in error and "ended by --epochs after 1" in error
+    assert csv.read_text() == before
+    assert run5.main(arguments) == 0
     for _ in range(2):  # The second time in place of the first.
         assert baselines.main(["--add", name, str(output), "--csv", str(csv)]) == 0
     rows = pd.read_csv(csv).query("source == 'measured'")
@@ -88,9 +101,9 @@ def test_runs_write_their_rows_and_the_report_shows_them(eager, small_npz, small
     metrics = json.loads((output / "metrics.json").read_text())
     added = rows[rows["run"] == name].set_index(["k", "m"])["test_log2_mse"]
     for row in metrics["errors"]["test"]:
-        assert added[row["k"], row["m"]] == pytest.approx(row["run5"])
+        assert added[row["k"], row["m"]] == pytest.approx(row["network"])
 
-    report = run5.write_report(metrics, tmp_path, csv)
+    report = run5.make_report(metrics, *run5.read_baselines(csv))
     for run, part in rows.groupby("run"):
         table = report.split("trained here")[1].splitlines()
         (line,) = (line for line in table if line.startswith(f"{run} "))
@@ -98,7 +111,7 @@ def test_runs_write_their_rows_and_the_report_shows_them(eager, small_npz, small
     others = ({"dataset": metrics["dataset"] | {"sha256": "another"}},)
     others += ({"settings": metrics["settings"] | {"test_codes": 11}},)
     for other in others:  # Errors on other sets do not compare.
-        assert name not in run5.write_report(metrics | other, tmp_path, csv)
+        assert name not in run5.make_report(metrics | other, *run5.read_baselines(csv))
 
 
 def test_rows_of_own_data_go_beside_the_results(small_npz, tmp_path, monkeypatch):

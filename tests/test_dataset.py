@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data import matrices, prepare
 from data.dataset import Dataset, InputError, exact_heights, flatten, load_dataset, read_codes
-from data.heights import GROUPS, N, code_keys, m_heights
+from data.heights import GROUPS, OPEN_GROUPS, N, code_keys, m_heights
 from data.matrices import LOW_KINDS, STRUCTURED_SHARE, UNIFORM_RANGES, random_matrices
 from train_model_v5 import split_dataset
 
@@ -104,9 +104,11 @@ def test_a_tenth_of_each_group_is_low_and_known_codes_are_left_out():
 
 
 def test_some_extra_codes_are_of_very_small_height(short_search):
-    made = prepare.make_extra_codes(200, 3, ())
-    assert not set(made.key) & set(load_dataset(prepare.VERY_LOW).key)
-    log2 = made.log2_height.reshape(9, 200)[[m < N - k for k, m in GROUPS]]
+    made = [*prepare.make_extra_codes(200, 3, ())]
+    assert [(part.k[0], part.m[0]) for part in made] == [*OPEN_GROUPS]
+    keys = {key for part in made for key in part.key}
+    assert not keys & set(load_dataset(prepare.VERY_LOW).key)
+    log2 = np.stack([part.log2_height for part in made])
     random, _, very_low = (np.median(x, axis=1) for x in np.split(log2, [164, 184], axis=1))
     assert (very_low < random - 1).all()
 
@@ -116,8 +118,8 @@ def test_extra_codes_are_the_same_on_one_core_and_on_two(monkeypatch):
     made = []
     for cores in (1, 2):
         monkeypatch.setattr(joblib, "cpu_count", lambda cores=cores: cores)
-        made.append(prepare.make_extra_codes(1001, 3, ()))
-    np.testing.assert_array_equal(made[0].key, made[1].key)
+        made.append([part.key for part in prepare.make_extra_codes(1001, 3, ())])
+    np.testing.assert_array_equal(*made)
 
 
 def test_codes_for_the_accuracy_at_very_small_heights_are_not_those_of_the_dataset(shipped):
@@ -210,7 +212,7 @@ def test_a_split_is_clean_or_refused_for_too_few_codes(seed, most, largest):
         (lambda a: a["k"].__setitem__(7, 3), r"row 7: .* \(9, 3, 2\)"),
         (lambda a: a.update(P=np.where(np.arange(20) == 4, np.nan, a["P"])), "row 0: .* finite"),
         (lambda a: a["P"].__setitem__((359, 19), 1), "row 359: .* zeros"),
-        (lambda a: a["height"].__setitem__(5, 0.5), "row 5: .* 0.5"),
+        (lambda a: a["height"].__setitem__(5, 0.5), "row 5: found height 0.5, expected"),
     ],
 )
 def test_a_malformed_dataset_is_refused_in_one_line(tmp_path, change, message):

@@ -9,7 +9,8 @@ import pytest
 import train_model_v5 as run5
 from data import prepare
 from data.dataset import Codes, exact_heights, flatten
-from data.heights import GROUPS, N, m_heights, minors
+from data.features import BasisFeatures, MinimumDistance
+from data.heights import GROUPS, OPEN_GROUPS, N, m_heights, minors
 from data.matrices import random_matrices
 
 LIMIT = 6  # Of the features that are relative to the largest bound, the first feature.
@@ -19,7 +20,7 @@ def features(*matrices, m):
     """The layer's output for matrices of any of the three shapes, in one batch."""
     k = np.array([[len(P)] for P in matrices])
     flat = np.concatenate([flatten(np.asarray(P, dtype=float)[None]) for P in matrices])
-    return np.asarray(run5.BasisFeatures()(k, np.full_like(k, m), flat))
+    return np.asarray(BasisFeatures()(k, np.full_like(k, m), flat))
 
 
 def by_linear_algebra(P, m):
@@ -35,10 +36,11 @@ def by_linear_algebra(P, m):
             s = rising[N - k - m - 1] if m < N - k else 0
             pairs.append((rising[-1] - s, rising[-1]))
     bounds, rho = np.transpose(sorted(pairs, key=lambda pair: -pair[0] - pair[1] / 2**14))
+    largest = bounds.max()
     expected = np.full((2, 126), float(LIMIT))
-    expected[0, : len(rho)] = np.minimum(bounds[0] - bounds, LIMIT)
-    expected[1, : len(rho)] = np.clip(rho - bounds[0], -LIMIT, LIMIT)
-    expected[0, 0] = bounds[0]
+    expected[0, : len(rho)] = np.minimum(largest - bounds, LIMIT)
+    expected[1, : len(rho)] = np.clip(rho - largest, -LIMIT, LIMIT)
+    expected[0, 0] = largest
     return expected.ravel()
 
 
@@ -79,8 +81,17 @@ def test_the_bound_is_below_the_height_and_equal_to_it_where_m_is_n_minus_k(k, m
     height = m_heights(P, [m])[:, 0]
     finite = np.isfinite(height)
     assert finite.sum() > 30
-    below = np.log2(height[finite]) - features(*P[finite], m=m)[:, 0]
+    found = features(*P[finite], m=m)
+    below = np.log2(height[finite]) - found[:, 0]
     assert (below >= -1e-5).all() and (below > 0.01).any() == (m < N - k)
+
+
+def test_no_bound_is_above_the_first_feature():
+    """Where bounds are within 0.002 of each other, the order is by rho and may be another."""
+    P = flatten(np.random.default_rng(0).integers(-100, 101, (8000, 4, 5)))
+    k, m = np.full((8000, 1), 4), np.full((8000, 1), 2)
+    below = np.asarray(BasisFeatures()(k, m, P))[:, 1:126]
+    assert below.min() == 0 and (np.diff(below, axis=1) < 0).any()
 
 
 @pytest.mark.parametrize("k", [4, 5, 6])
@@ -90,7 +101,7 @@ def test_heights_are_infinite_from_the_minimum_distance_on(k, largest):
     infinite = np.isinf(m_heights(P, range(1, N - k + 1)))
     column = np.full((200, 1), k)
     for scale in (1, 0.1):  # By 0.1 entries are rounded, and minors that are 0 need not be.
-        distance = run5.MinimumDistance()(column, column, scale * flatten(P))
+        distance = MinimumDistance()(column, column, scale * flatten(P))
         np.testing.assert_array_equal(np.arange(1, N - k + 1) >= distance, infinite)
 
 
@@ -112,42 +123,53 @@ def test_every_systematic_form_of_a_code_has_the_same_features(k, m):
 def test_features_are_in_the_order_of_the_rows_and_raw_ones_are_P(small):
     order = np.random.default_rng(0).permutation(360)
     twice = small.take(np.concatenate([order, np.arange(360)] * 4))  # In more than one step.
-    found = run5.predict_all(run5.feature_model("basis"), twice)
+    found = run5.outputs_of(run5.feature_model("basis"), twice)
     np.testing.assert_array_equal(found[:360], found[-360:][order])
-    np.testing.assert_array_equal(run5.predict_all(run5.feature_model("raw"), small), small.P)
+    np.testing.assert_array_equal(run5.outputs_of(run5.feature_model("raw"), small), small.P)
 
 
-def test_the_three_sets_have_exact_heights_and_share_no_code(small, short_search):
+def all_sets(dataset, settings):
+    sets = run5.add_extra_codes(run5.make_sets(dataset, settings), settings)
+    run5.require_disjoint(sets)
+    return sets
+
+
+def test_the_three_sets_have_exact_heights_and_share_no_code(small, short_search, capsys):
     settings = run5.Settings(extra_codes=4, test_codes=50)
-    sets = run5.make_sets(small, settings)
+    sets = all_sets(small, settings)
+    said = capsys.readouterr().out
+    assert "1,224 extra codes" in said and "--extra-codes 0" in said
+    assert said.count("204 codes") == len(OPEN_GROUPS) == 6
     for name, rows in zip(("training", "validation"), run5.split_dataset(small), strict=True):
         np.testing.assert_array_equal(sets[name].P[: len(rows)], small.P[rows])
-    for data, count in zip(sets.values(), (34 + 4 * 34, 6, 50), strict=True):
-        assert np.bincount(data.group).tolist() == [count] * 9
+    in_training = [34 + 204 * (m < N - k) for k, m in GROUPS]
+    for data, counts in zip(sets.values(), (in_training, [6] * 9, [50] * 9), strict=True):
+        assert np.bincount(data.group).tolist() == counts
         codes = Codes(np.full(len(data), N), data.k, data.m, data.P)
         np.testing.assert_array_equal(data.height, exact_heights(codes))
     for one, other in combinations(sets.values(), 2):
         assert not set(one.key) & set(other.key)
     assert np.bincount(sets["test"].group, sets["test"].low).tolist() == [5] * 9
 
-    other = run5.make_sets(small, replace(settings, seed=43))
+    other = all_sets(small, replace(settings, seed=43))
     assert (other["training"].P[306:] != sets["training"].P[306:]).any()
     np.testing.assert_array_equal(other["test"].P, sets["test"].P)
-    without = run5.make_sets(small, replace(settings, extra_codes=0))
+    without = all_sets(small, replace(settings, extra_codes=0))
     np.testing.assert_array_equal(without["training"].P, sets["training"].P[:306])
 
 
-@pytest.mark.parametrize(
-    ("name", "seed"), [("make_dataset", run5.TEST_SEED), ("make_extra_codes", 5)]
-)
-def test_codes_of_the_dataset_are_not_made_again_or_found(name, seed, short_search, monkeypatch):
-    make = getattr(prepare, name)
-    dataset = make(100, seed, ())  # By the seed of the codes that have to differ from it.
+@pytest.mark.parametrize("name", ["make_dataset", "make_extra_codes"])
+def test_codes_of_the_dataset_are_not_made_again_or_found(name, short_search, monkeypatch):
     settings = run5.Settings(extra_codes=1, seed=5, test_codes=100)
-    run5.make_sets(dataset, settings)
+    dataset = prepare.make_dataset(100, run5.TEST_SEED)  # The test set, were it not known.
+    if name == "make_extra_codes":
+        per_group = settings.extra_codes * len(run5.split_dataset(dataset, seed=5)[0]) // 6
+        dataset = dataset.extended(*prepare.make_extra_codes(per_group, 5, ()))
+    all_sets(dataset, settings)
+    make = getattr(prepare, name)
     monkeypatch.setattr(run5, name, lambda rows, seed, known: make(rows, seed, ()))
     with pytest.raises(RuntimeError, match="codes are in the"):
-        run5.make_sets(dataset, settings)
+        all_sets(dataset, settings)
 
 
 def test_simple_predictions_are_fitted_to_training_rows_alone_and_know_a_line(small):

@@ -1,13 +1,16 @@
 """Files from users and strangers: course files, hostile and torn ones, exact labels, prediction."""
 
-import contextlib
+import bz2
 import gzip
 import io
+import lzma
 import os
 import pickle
 import re
 import shutil
 import signal
+import zipfile
+from fractions import Fraction
 from functools import partial
 
 import h5py
@@ -39,6 +42,12 @@ def dump(path, value, protocol=None):
 
 def npz(**arrays):
     np.savez(content := io.BytesIO(), **arrays)
+    return content.getvalue()
+
+
+def zipped(name):
+    with zipfile.ZipFile(content := io.BytesIO(), "w") as file:
+        file.writestr(name, "content")
     return content.getvalue()
 
 
@@ -99,9 +108,9 @@ def test_a_folder_is_taken_for_its_files_of_the_usual_names_whatever_their_suffi
     folder = course[0].parent
     course[0].rename(folder / "HW-4-n_k_m_P"), course[1].rename(folder / "HW-4-mHeights")
     np.testing.assert_array_equal(load_dataset(folder).height, small.height)
-    assert run5.main(["--predict", str(folder), "--heights", str(folder)]) == 0
-    predicted = folder / "HW-4-n_k_m_P_predicted.pkl"  # Beside the input.
-    assert read_heights(predicted).shape == (360,)
+    assert run5.main(["--predict", str(folder)]) == 0
+    predicted = pd.read_csv(folder / "HW-4-n_k_m_P_predicted.csv")  # Beside the input.
+    np.testing.assert_array_equal(predicted["exact"], small.height)
     call(prepare.main, "--label", folder, output="exact.csv")
     np.testing.assert_array_equal(read_heights(tmp_path / "exact.csv"), small.height)
     error = call(prepare.main, "--label", tmp_path / "course" / "..", status=2)
@@ -140,7 +149,7 @@ def test_submissions_of_the_course_are_checked(tmp_path, rows, small, call, key,
         ([[9, 5, 2, np.pad(P.reshape(5, 4), ((0, 1), (0, 1)))]], r"padded .*P\[:k, :n - k\]"),
         ([[9, 4, 2, np.pad(P, ((0, 1), (0, 0)))]], r"padded .*P\[:k, :n - k\]"),
         ([[9, 4, 2, np.hstack([np.eye(4), P])]], r"G = \[I \| P\].*G\[:, k:\]"),
-        ([[9, 4, 2, [[1] * 5, [1, 2, "x", 4, 5], [1] * 5, [1] * 5]]], "row 1 of P .*'x'"),
+        ([[9, 4, 2, [[1] * 5, [1, 2, "x", 4, 5], [1] * 5, [1] * 5]]], "in P there is .*'x'"),
         (npz(k=[4], m=[2], P=np.pad(P, ((0, 2), (0, 0)))[None]), r"P\[:k, :n - k\]"),
         (
             npz(
@@ -149,6 +158,15 @@ def test_submissions_of_the_course_are_checked(tmp_path, rows, small, call, key,
             r"row 0: .*P\[:k, :n - k\]",
         ),
         (b"SQLite format 3\0 and more", "SQLite .*README"),
+        (b"\x93NUMPY and more", "a single array"),
+        (b"\x89HDF and more", "HDF5"),
+        (bz2.compress(b"codes"), "bzip2"),
+        (lzma.compress(b"codes"), "xz"),
+        (b'{"n": 9}', "JSON"),
+        (zipped("archive/data.pkl"), "zip of archive/data.pkl"),
+        (b"".join(pickle.dumps(x) for x in ([[9, 4, 2, P]], {(9, 4, 2): P})), "2 objects"),
+        ([[9, 4, 2, np.hstack([P[:, :4], P])]], "generator matrix G, data/README"),
+        ({0: {"n": 9, "k": 4, "m": 2, "GeneratorMatrix": P}}, "README.* GeneratorMatrix"),
         ([{"n": 9, "k": 4, "m": 2, "P_matrix": P, "m_heights": 2.0}], "P_matrix.*README"),
         ({(9, 4): P}, r"the key \(9, 4\)"),
         ({(9, 4, np.inf): P}, "the key"),
@@ -169,27 +187,125 @@ def test_a_gzipped_pickle_is_read(tmp_path, rows, small):
     np.testing.assert_array_equal(read.P, small.P)
 
 
-def test_heights_that_rounding_made_finite_are_said_to_be_suspect(tmp_path, rows, small, call):
+def finite_by_rounding():
     """Integer codes of infinite height, by a float solver in another systematic form."""
     rng = np.random.default_rng(0)
     P = rng.integers(-2, 3, (600, 4, 5))
     G = np.concatenate([np.broadcast_to(np.eye(4), (600, 4, 4)), P], axis=2)
     G = G[np.isinf(m_heights(G[:, :, 4:], 4)[:, 0]) & (np.linalg.det(G[:, :, [0, 4, 5, 6]]) != 0)]
     form = np.linalg.solve(G[:, :, [0, 4, 5, 6]], G[:, :, [1, 2, 3, 7, 8]])
-    height = m_heights(form, 4)[:, 0]
-    suspect = np.isfinite(height) & (height > 1e9)
-    assert suspect.sum() > 5
-    dump(tmp_path / "codes.pkl", rows + [[9, 4, 4, x] for x in form])
-    first = 360 + np.argmax(suspect)
-    expected = rf"{suspect.sum()} suspect heights .*rows \[{first}.*rounded"
-    capture = io.StringIO()
-    with contextlib.redirect_stderr(capture):
-        call(prepare.main, "--label", tmp_path / "codes.pkl", output="heights.pkl")
-        about = load_dataset(tmp_path / "codes.pkl", tmp_path / "heights.pkl").about
-        run5.inference(9, 4, 4, form[suspect])
-    assert about["suspect"] == suspect.sum()
-    said = capture.getvalue().splitlines()
-    assert len(re.findall(expected, "\n".join(said))) == 2 and "p_list" in said[-1]
+    return form[(np.rint(form) != form).any(axis=(1, 2))]
+
+
+def test_heights_that_rounding_alone_makes_finite_are_infinite_ones(tmp_path, rows, small, call):
+    P = finite_by_rounding()
+    dump(tmp_path / "codes.pkl", rows + [[9, 4, 4, x] for x in P])
+    out = call(prepare.main, "--label", tmp_path / "codes.pkl", output="heights.pkl")
+    assert f"{len(P)} of them infinite" in out and len(P) > 50
+    dump(tmp_path / "solver.pkl", [*small.height, *np.full(len(P), 2.0**52)])
+    for labels, name in (("check", "heights"), ("check", "solver"), ("trust", "solver")):
+        read = load_dataset(tmp_path / "codes.pkl", tmp_path / f"{name}.pkl", labels=labels)
+        assert read.about["infinite"] == len(P) and len(read) == 360
+    assert np.isinf(run5.inference(9, 4, 4, P)).all()
+
+
+def test_appended_pickles_are_read_as_one(tmp_path, rows, small):
+    parts = (rows[:10], rows[10:250], rows[250:])
+    codes = dump(tmp_path / "codes.pkl", b"".join(map(pickle.dumps, parts)))
+    cut = np.split(small.height, [10, 250])
+    labels = b"".join(pickle.dumps(part.tolist()) for part in cut)
+    read = load_dataset(codes, dump(tmp_path / "heights.pkl", labels))
+    np.testing.assert_array_equal(read.height, small.height)
+    with pytest.raises(InputError, match=r"codes\.pkl: cannot be read"):
+        read_codes(dump(codes, codes.read_bytes() + b"more"))
+
+
+def test_a_pickle_of_python_2_is_read():
+    """As cPickle of Python 2 wrote [[9, 4, 1, array([[1, 2, 3, 4, 5]] * 4)]] by protocol 2."""
+    raw = np.tile(np.arange(1, 6), 4).astype("<i8").tobytes()
+    content = b"\x80\x02]q\x01]q\x02(K\tK\x04K\x01cnumpy.core.multiarray\n_reconstruct\nq\x03"
+    content += (
+        b"cnumpy\nndarray\nq\x04K\x00\x85U\x01b\x87Rq\x05(K\x01K\x04K\x05\x86cnumpy\ndtype\nq\x06"
+    )
+    content += (
+        b"U\x02i8K\x00K\x01\x87Rq\x07(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+    )
+    content += b"U" + bytes([len(raw)]) + raw + b"tbea."
+    (row,) = files._read_pickle("file", content)
+    np.testing.assert_array_equal(row[3], np.tile(np.arange(1, 6), (4, 1)))
+
+
+def test_numbers_of_other_kinds_are_taken(rows, small, tmp_path):
+    heights = run5.inference(9, 4, 2, [P])
+    exact = [[Fraction(int(x)) for x in row] for row in P]
+    for form in (exact, np.array(exact), P.astype(object)):
+        assert run5.inference(9.0, 4, 2, [form]) == heights
+    floats = [[*map(float, row[:3]), row[3]] for row in rows]
+    column = small.height[:, None]
+    for labels in (column, column.tolist(), npz(height=column)):
+        paths = dump(tmp_path / "codes", floats), dump(tmp_path / "heights", labels)
+        np.testing.assert_array_equal(load_dataset(*paths).height, small.height)
+    for bad in ("3", True, None, 1j):
+        with pytest.raises(InputError, match="in P there is"):
+            run5.inference(9, 4, 2, [np.where(P == 3, np.array(bad, dtype=object), P)])
+
+
+CSV = "row,n,k,m,height\n0,9,4,2,{}\n1,9,4,3,{}\n2,9,5,2,{}\n"
+
+
+def test_heights_of_a_csv_are_those_of_its_rows_to_the_last_digit(tmp_path):
+    codes = dump(tmp_path / "c", [[9, 4, 2, P], [9, 4, 3, P], [9, 5, 2, P.reshape(5, 4)]])
+    codes, heights = read_codes(codes), [4 / 3, 167.06107322857977, np.inf]
+    lines = CSV.format(*heights).splitlines(keepends=True)
+    for order in ([0, 1, 2, 3], [0, 3, 1, 2]):
+        path = dump(tmp_path / "h.csv", "".join(lines[i] for i in order).encode())
+        assert read_heights(path, codes).tolist() == heights
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (CSV.format("2,", "3,", "4,"), "5 to 6 fields"),  # A comma at the end of lines.
+        ("height\n1,83.5\n2,166.1\n3,2\n", "1 to 2 fields"),  # Row names of R.
+        ("height\n83,567\n166,1\n2,5\n", "1 to 2 fields"),  # Decimal commas.
+        (CSV.format(2, 3, 4).replace("2,9,5", "3,9,5"), "column row"),
+        (CSV.format(2, 3, 4).replace("9,4,3", "9,4,4"), "row 1: found another m"),
+        ("heights\n2\n3\n4\n", "height"),
+    ],
+)
+@pytest.mark.parametrize("labels", ["check", "trust", "relabel"])
+def test_a_csv_whose_columns_are_not_the_codes_is_refused(tmp_path, text, problem, labels):
+    codes = dump(tmp_path / "c", [[9, 4, 2, P], [9, 4, 3, P], [9, 5, 2, P.reshape(5, 4)]])
+    with pytest.raises(InputError, match=rf"h\.csv: .*{problem}") as error:
+        load_dataset(codes, dump(tmp_path / "h.csv", text.encode()), labels=labels)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mark", [np.nan, None, 0, -1, 1e10, 1.0, np.inf, "failed"])
+def test_labels_that_are_no_heights_are_wrong_ones(tmp_path, rows, small, call, mark):
+    codes = dump(tmp_path / "codes.pkl", rows)
+    labels = dump(tmp_path / "labels.pkl", [*small.height[:5], mark, *small.height[6:]])
+    out = call(prepare.main, "--label", codes, "--heights", labels, output="exact.csv")
+    assert "labels.pkl: 1 of 360 heights are wrong\nrow 5: found" in out
+    relabelled = load_dataset(codes, labels, labels="relabel")
+    np.testing.assert_array_equal(relabelled.height, small.height)
+    with pytest.raises(InputError, match=r"row 5: .*1 of 360 heights are wrong"):
+        load_dataset(codes, labels)
+    if mark in (1e10, 1.0, np.inf):
+        assert len(load_dataset(codes, labels, labels="trust")) == 360 - (mark == np.inf)
+    else:
+        with pytest.raises(InputError, match=r"row 5: .* of 1 or more"):
+            load_dataset(codes, labels, labels="trust")
+
+
+@pytest.mark.parametrize(
+    ("factor", "right"), [(0.99995, 1), (1.00005, 1), (0.9999, 0), (1.0001, 0)]
+)
+def test_labels_are_right_within_a_tolerance(tmp_path, rows, small, factor, right):
+    codes = dump(tmp_path / "codes.pkl", rows)
+    labels = dump(tmp_path / "labels.pkl", [small.height[0] * factor, *small.height[1:]])
+    origin = load_dataset(codes, labels, labels="relabel").about["labels"]
+    assert f"where {1 - right} of 360" in origin
 
 
 @pytest.mark.parametrize("call", ["os system touch {}", "numpy save {}", "builtins eval 1+1"])
@@ -211,7 +327,7 @@ def test_a_pickle_may_not_change_what_the_next_one_calls():
         assert marked.mark == 1 and not hasattr(fresh, "mark")
 
 
-NUMBERS = [(8, 4, 2), (9, 4.0, 2), (9, 4, None), (9, 10**5000, 2), (9, 4, 6), (9, 5, 2)]
+NUMBERS = [(8, 4, 2), (9, 4.5, 2), (9, 4, None), (9, 10**5000, 2), (9, 4, 6), (9, 5, 2)]
 MATRICES = [P.ravel()[1:], np.ones((4, 6)), [P.tolist()], [[1, 2], [3]], [["1"] * 5] * 4, P == P]
 MATRICES += [None, "text", 3, {}]
 MATRICES += [np.where(P == 3, x, 2.0) for x in (np.nan, np.inf, 1e60)]
@@ -227,9 +343,7 @@ any_length = partial(read_codes, trained=False)
         *((read_codes, [[9, 4, 2, P], row], "row 1: ") for row in BAD_ROWS),
         *((any_length, [[9, 4, 2, P], [*x, np.ones((x[0], y))]], "row 1: ") for *x, y in LENGTHS),
         *((any_length, content, "row 1: ") for content in NPZ),
-        *((read_codes, x, "") for x in ({"n": 9}, [], {}, None, [[9, 4, 2, P.astype(object)]])),
-        *((read_heights, [2.0, x], "row 1: ") for x in (None, 0.99, -np.inf, np.nan, [3.0])),
-        *((read_heights, b"height\n2\n" + x, "row 1: ") for x in (b"x", b"0.5")),
+        *((read_codes, x, "") for x in ({"n": 9}, [], {}, None)),
         (load_dataset, npz(k=[4], m=[2], P=np.zeros((1, 20)), height=[np.inf]), "found infinite"),
         (read_codes, npz(k=[4], m=[2], P=np.full((1, 20), np.inf, "f4")), "row 0: "),
         (read_codes, npz(k=[4], m=[2], P=np.float64(2)), ""),
@@ -289,22 +403,16 @@ def test_wrong_labels_are_found_trusted_or_replaced(tmp_path, course, rows, smal
     for row, label in ((3, 1e8), (100, np.inf)):
         rows[row][3], heights[row] = rows[row][3] * 0, label
     dump(course[0], rows), dump(course[1], heights.tolist())
-    predicting = ["--predict", course[0], "--heights", course[1]]
-    arguments = [*predicting[:3], dump(tmp_path / "few", [2.0])]
-    assert "few: found 1" in call(run5.main, *arguments, status=2)
-    for arguments in (["--data", *course], predicting):
-        error = call(run5.main, *arguments, status=2)
-        assert re.search(r"mHeights.pkl: row 3: .*100000000, expected inf .*41 of", error)
-        assert "relabel takes exact ones and leaves rows of infinite height out" in error
+    error = call(run5.main, "--data", *course, status=2)
+    assert re.search(r"mHeights.pkl: row 3: .*100000000, expected inf .*41 of", error)
+    assert "relabel takes exact ones and leaves rows of infinite height out" in error
     trusted, exact = (load_dataset(*course, labels=labels) for labels in ("trust", "relabel"))
-    np.testing.assert_array_equal(trusted.height, np.delete(heights, 100))
+    np.testing.assert_array_equal(trusted.height, np.delete(heights, [3, 100]))
     np.testing.assert_array_equal(exact.height, np.delete(small.height, [3, 100]))
     assert exact.about["infinite"] == 2 and exact.about["sha256"] != trusted.about["sha256"]
-    out = call(run5.main, *predicting, "--labels", "relabel")
-    assert "360 heights" in out and "41 of 360" in out and "2 rows of infinite" in out
-    assert "2 of them infinite" in out and "rows [3, 100]" in out
-    predicted = read_heights(tmp_path / "out" / "DS-1-Training-n_k_m_P_predicted.pkl")
-    assert np.flatnonzero(np.isinf(predicted)).tolist() == [3, 100]
+    assert "few: found 1" in call(
+        run5.main, "--data", course[0], dump(tmp_path / "few", [2.0]), status=2
+    )
 
 
 def test_codes_of_other_lengths_are_labelled_and_not_trained_on(tmp_path, call):
@@ -372,36 +480,83 @@ def test_bad_options_are_refused_with_nothing_written(tmp_path, monkeypatch, cap
     assert [*tmp_path.iterdir()] == [path] and read_codes(path).k == 4
 
 
-def test_predictions_are_in_the_order_of_the_input(tmp_path, course, rows, small, call, eager):
+def test_predictions_and_exact_heights_are_in_the_order_of_the_input(
+    tmp_path, course, rows, small, call, eager
+):
     order = np.random.default_rng(0).permutation(360)
-    dump(course[0], [rows[i] for i in order]), dump(course[1], small.height[order].tolist())
-    out = call(run5.main, "--predict", course[0], "--heights", course[1])
-    predicted = read_heights(tmp_path / "out" / "DS-1-Training-n_k_m_P_predicted.pkl")
-    expected = run5.predict_all(run5.load_trained(run5.TRAINED), small)[:, 0]
-    np.testing.assert_allclose(predicted, expected[order], rtol=1e-5)
-    bound = run5.predict_all(run5.feature_model("basis"), small)[:, 0]
+    others = [[10, 4, 2, np.ones((4, 6))], [9, 4, 1, P], [9, 4, 2, P * 0]]
+    dump(course[0], [rows[i] for i in order] + others)
+    out = call(run5.main, "--predict", course[0])
+    path = tmp_path / "out" / "DS-1-Training-n_k_m_P_predicted.csv"
+    table = pd.read_csv(path, float_precision="round_trip")
+    assert [*table] == ["row", "n", "k", "m", "predicted", "exact"] and f"{path}: written" in out
+    codes = read_codes(course[0], trained=False)
+    np.testing.assert_array_equal(table[["n", "k", "m"]], np.stack(codes[:3], axis=1))
+    expected = run5.outputs_of(run5.load_trained(run5.TRAINED), small)[:, 0]
+    np.testing.assert_allclose(table["predicted"][:360], expected[order], rtol=1e-5)
+    np.testing.assert_array_equal(table["exact"][:360], small.height[order])
+    assert table["predicted"].isna().tolist() == [False] * 360 + [True, True, False]
+    assert np.isinf(table.loc[362, ["predicted", "exact"]].tolist()).all()
+    assert "2 rows have exact heights alone" in out
+    bound = run5.outputs_of(run5.feature_model("basis"), small)[:, 0]
     squares = ((np.stack([np.log2(expected), bound]) - small.log2_height) ** 2).reshape(2, 9, 40)
-    printed = np.array(re.findall(r" ([\d.]+) +([\d.]+) +40$", out, re.M), dtype=float)
-    np.testing.assert_allclose(printed.T, squares.mean(axis=2), rtol=1e-4, atol=2e-6)
+    printed = re.findall(r" ([\d.]+) +([\d.]+) +40 +(\d+)$", out, re.M)
+    printed = np.array(printed, dtype=float)
+    np.testing.assert_allclose(printed[:, :2].T, squares.mean(axis=2), rtol=1e-4, atol=2e-6)
+    assert printed[:, 2].tolist() == [1] + [0] * 8
     assert 0 < squares[0].mean() < 0.02 < squares[1].mean()
+    assert "replaced" in call(run5.main, "--predict", course[0])
 
 
-def test_prediction_says_which_heights_are_beyond_float32(tmp_path, call, eager):
-    assert "none.pkl" in call(run5.main, "--predict", tmp_path / "none.pkl", status=2)
-    some = np.random.default_rng(0).integers(1, 100, (4, 5))
-    path = dump(tmp_path / "large.pkl", [[9, 4, 5, x] for x in (some, some * 1e40, some + 1)])
-    assert re.search(r"float32.*rows \[1\]", call(run5.main, "--predict", path))
-    assert np.isinf(read_heights(tmp_path / "out" / "large_predicted.pkl")).tolist() == [0, 1, 0]
+def test_predictions_are_those_of_the_model_that_is_named(tmp_path, course, small, call, eager):
+    features = run5.outputs_of(run5.feature_model("basis"), small)
+    network = run5.build_network(features, run5.Settings(width=1 / 32))
+    model = run5.height_model(network, "basis")
+    model.save(tmp_path / "other.h5")
+    call(run5.main, "--predict", course[0], "--model", tmp_path / "other.h5")
+    table = pd.read_csv(tmp_path / "out" / "DS-1-Training-n_k_m_P_predicted.csv")
+    expected = run5.outputs_of(model, small)[:, 0]
+    np.testing.assert_allclose(table["predicted"], expected, rtol=1e-5)
+    P4 = unflatten(small.P[:3], 4)
+    found = run5.inference(9, 4, 2, P4, model=tmp_path / "other.h5")
+    np.testing.assert_allclose(found, expected[:3], rtol=1e-5)
+    shutil.copy(run5.TRAINED, tmp_path / "other.h5")  # As after another training.
+    found = run5.inference(9, 4, 2, P4, model=tmp_path / "other.h5")
+    assert found == run5.inference(9, 4, 2, P4)
 
 
-@pytest.mark.parametrize("kind", ["missing", "torn", "inputs", "code", "link", "storage", "size"])
+def test_files_whose_names_have_dots_are_predicted_into_files_of_their_own(tmp_path, rows, eager):
+    for day, part in (("19", rows[:3]), ("20", rows[3:9])):
+        dump(tmp_path / f"test-2026.03.{day}-n_k_m_P", part)
+        assert run5.main(["--predict", str(tmp_path / f"test-2026.03.{day}-n_k_m_P")]) == 0
+    dump(tmp_path / "codes.pkl.gz", gzip.compress(pickle.dumps(rows[:1])))
+    assert run5.main(["--predict", str(tmp_path / "codes.pkl.gz")]) == 0
+    names = [f"test-2026.03.{day}-n_k_m_P_predicted.csv" for day in ("19", "20")]
+    written = sorted(path.name for path in tmp_path.glob("*_predicted*"))
+    assert written == ["codes_predicted.csv", *names]
+    assert [len(pd.read_csv(tmp_path / name)) for name in names] == [3, 6]
+
+
+def test_an_interrupted_prediction_is_not_said_to_resume(tmp_path, course, call, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run5, "exact_heights", interrupt)
+    error = call(run5.main, "--predict", course[0], status=130)
+    assert "interrupted" in error and "resume" not in error
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "torn", "inputs", "width", "code", "link", "storage", "size"]
+)
 def test_a_model_is_refused_that_is_broken_or_hostile(tmp_path, course, call, kind):
     """HDF5 can take weights from another file, or claim more of them than there is memory for."""
     path, good, ran = tmp_path / "model.h5", str(run5.TRAINED), tmp_path / "ran"
     if kind == "torn":
         path.write_bytes(run5.TRAINED.read_bytes()[:100_000])
-    elif kind in ("code", "inputs"):
-        widths = {"n": 1, "k": 1, "m": 1, "P_matrix" if kind == "code" else "P": 20}
+    elif kind in ("code", "inputs", "width"):
+        widths = {"n": 1, "k": 1, "m": 1, "P" if kind == "inputs" else "P_matrix": 20}
+        widths |= {"P_matrix": 30} if kind == "width" else {}
         inputs = [layers.Input((width,), name=name) for name, width in widths.items()]
         code = eval(f"lambda x: (open({str(ran)!r}, 'w').close(), x)[1]")
         layer = layers.Lambda(code) if kind == "code" else layers.Dense(1)
@@ -450,7 +605,7 @@ def test_inference_takes_any_iterable_and_loads_its_model_once(small, monkeypatc
     for form in (matrices.tolist(), iter(matrices), [matrix.ravel() for matrix in matrices]):
         assert run5.inference(np.int64(9), 4, 2, form) == pytest.approx(heights, rel=1e-5)
     assert run5.inference(9, 4, 2, []) == []
-    for m, matrix, text in [(6, P, r"\(4, 5\)"), (2.0, P, "integers"), (2, P.T, ""), (2, [P], "")]:
+    for m, matrix, text in [(6, P, r"\(4, 5\)"), (2.5, P, "integers"), (2, P.T, ""), (2, [P], "")]:
         with pytest.raises(ValueError, match=rf"^p_list: row 0: .*{text}.*\Z"):
             run5.inference(9, 4, m, [matrix, P])
     with pytest.raises(ValueError, match=r"row 0: .*\[P\]"):

@@ -93,7 +93,7 @@ def test_features_are_scaled_by_the_training_set_and_clipped_at_8_deviations():
 
 def test_height_is_two_to_the_softplus(featured):
     model = run5.height_model(build(featured.features), "raw")
-    heights = run5.predict_all(model, featured)
+    heights = run5.outputs_of(model, featured)
     network = model.get_layer("log2_height")
     log2 = network.predict(run5.network_inputs(featured), verbose=0)
     assert heights.shape == (360, 1) and (log2 >= 0).all() and (heights >= 1).all()
@@ -101,9 +101,9 @@ def test_height_is_two_to_the_softplus(featured):
 
 
 def test_the_largest_bound_is_added_to_the_softplus(small):
-    features = run5.predict_all(run5.feature_model("basis"), small)
+    features = run5.outputs_of(run5.feature_model("basis"), small)
     network = build(features, kind="basis")
-    log2 = np.log2(run5.predict_all(run5.height_model(network, "basis"), small))
+    log2 = np.log2(run5.outputs_of(run5.height_model(network, "basis"), small))
     last = [x for x in network.layers if isinstance(x, keras.layers.Dense)][-1].output
     inputs = run5.network_inputs(replace(small, features=features))
     softplus = keras.Model(network.inputs, last).predict(inputs, verbose=0)
@@ -114,7 +114,7 @@ def test_the_largest_bound_is_added_to_the_softplus(small):
 def test_an_epoch_has_every_training_row_once_with_its_weight(small):
     settings = run5.Settings(batch_size=50, extra_codes=0)
     data = replace(small.take(np.arange(0, 360, 2)), features=np.arange(180)[:, None])
-    batches = run5.Batches(data, settings)
+    batches = run5.Batches(data, 180, settings)
     first = [batches[i] for i in range(len(batches))]
     assert [len(target) for _, target, _ in first] == [50, 50, 50, 30]
     rows = np.concatenate([inputs["features"][:, 0] for inputs, _, _ in first])
@@ -129,13 +129,13 @@ def test_an_epoch_has_every_training_row_once_with_its_weight(small):
     assert (batches[0][0]["features"] != first[0][0]["features"]).any()
     batches.start_epoch(0)
     np.testing.assert_array_equal(batches[0][0]["features"], first[0][0]["features"])
-    other = run5.Batches(data, replace(settings, seed=1))
+    other = run5.Batches(data, 180, replace(settings, seed=1))
     assert (other[0][0]["features"] != first[0][0]["features"]).any()
 
 
 def test_an_epoch_with_extra_codes_samples_all_rows_evenly_and_none_twice(small):
     data = replace(small, features=np.arange(360)[:, None])
-    batches = run5.Batches(data, run5.Settings(extra_codes=2))
+    batches = run5.Batches(data, 120, run5.Settings())
     epochs = []
     for epoch in range(60):
         batches.start_epoch(epoch)
@@ -155,25 +155,24 @@ def sets_of(dataset, seed):
     return {x: replace(data, features=data.P.astype("float32")) for x, data in sets.items()}
 
 
-def trained(dataset, folder, checkpoint=run5.Checkpoint, **changes):
-    """Train on raw P without extra codes, small; returns the checkpoint and the network."""
+def trained(dataset, folder, kind=run5.Training, **changes):
+    """Train on raw P without extra codes, small; returns the Training and the network."""
     settings = run5.Settings(**RAW | changes)
     keras.utils.set_random_seed(settings.seed)
     sets = sets_of(dataset, settings.seed)
     network = run5.build_network(sets["training"].features, settings)
     same = {"seed": settings.seed, "data": dataset.about["sha256"]}
-    checkpoint = checkpoint(folder / "checkpoint.npz", same)
-    batches = run5.Batches(sets["training"], settings)
-    how = run5.optimizer_and_callbacks(settings)
-    run5.train(network, *how, batches, sets["validation"], checkpoint)
-    return checkpoint, network
+    training = kind(folder / "checkpoint.npz", same, settings)
+    batches = run5.Batches(sets["training"], len(sets["training"]), settings)
+    training.fit(network, batches, sets["validation"])
+    return training, network
 
 
 def test_the_rate_falls_from_its_epoch_on_and_settings_reach_the_optimizer(small, tmp_path, eager):
     changes = {"learning_rate": 1e-4, "constant_epochs": 2, "decay": 0.5}
     changes |= {"weight_decay": 0.25, "clipnorm": 0.125}
-    checkpoint, network = trained(small, tmp_path, epochs=4, **changes)
-    rates = [row["learning_rate"] for row in checkpoint.history]
+    training, network = trained(small, tmp_path, epochs=4, **changes)
+    rates = [row["learning_rate"] for row in training.history]
     np.testing.assert_allclose(rates, [1e-4, 1e-4, 5e-5, 2.5e-5], rtol=1e-5)
     assert type(network.optimizer) is keras.optimizers.AdamW
     assert (network.optimizer.weight_decay, network.optimizer.clipnorm) == (0.25, 0.125)
@@ -193,12 +192,12 @@ def test_a_run_that_is_stopped_again_and_again_is_an_unbroken_one(small, tmp_pat
     for epochs in (2, 4, 20, 20):
         broken, second = trained(small, tmp_path / "broken", epochs=epochs, **slow)
         assert len(broken.history) == min(epochs, 5)
-    assert broken.history == unbroken.history and broken.stopped
+    assert broken.history == unbroken.history and broken.stopped_early
     for weight, other in zip(first.get_weights(), second.get_weights(), strict=True):
         np.testing.assert_array_equal(weight, other)
 
 
-class Killed(run5.Checkpoint):
+class Killed(run5.Training):
     """Is killed when the third epoch has been trained and nothing of it is on disk."""
 
     def on_epoch_end(self, epoch, logs=None):
@@ -211,22 +210,22 @@ def test_after_a_kill_the_best_weights_are_those_of_the_best_epoch(small, tmp_pa
     """Whatever val_loss the lost epoch had, and when the run is ended at the checkpoint's epoch."""
     with pytest.raises(KeyboardInterrupt):
         trained(small, tmp_path, Killed, epochs=5)
-    checkpoint, network = trained(small, tmp_path, epochs=2)
+    training, network = trained(small, tmp_path, epochs=2)
     val_set = sets_of(small, 42)["validation"]
     predicted = network.predict(run5.network_inputs(val_set), verbose=0)[:, 0]
     error = np.mean((predicted - val_set.log2_height) ** 2)
-    best = run5.best_epoch(checkpoint.history)
-    assert error == pytest.approx(checkpoint.history[best - 1]["val_loss"], rel=1e-4)
+    best = run5.best_epoch(training.history)
+    assert error == pytest.approx(training.history[best - 1]["val_loss"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
 def after_one_epoch(small, tmp_path_factory):
-    """(checkpoint, folder) of a run of one epoch."""
+    """(checkpoint file, folder) of a run of one epoch."""
     tf.config.run_functions_eagerly(True)
     folder = tmp_path_factory.mktemp("one epoch")
-    checkpoint, _ = trained(small, folder, epochs=1)
+    training, _ = trained(small, folder, epochs=1)
     tf.config.run_functions_eagerly(False)
-    return checkpoint, folder
+    return training.path, folder
 
 
 def test_a_loss_that_is_no_number_ends_the_run(small, tmp_path, eager):
@@ -247,23 +246,49 @@ def test_a_run_of_another_dataset_seed_or_network_is_not_resumed(small, after_on
 
 
 def test_a_damaged_checkpoint_is_refused(after_one_epoch, tmp_path):
-    content, path = after_one_epoch[0].path.read_bytes(), tmp_path / "checkpoint.npz"
+    content, path = after_one_epoch[0].read_bytes(), tmp_path / "checkpoint.npz"
     for damaged in (content[:50_000], b"", b"text"):
         path.write_bytes(damaged)
         with pytest.raises(run5.InputError, match=r"checkpoint\.npz: .*--fresh") as error:
-            run5.Checkpoint(path, {})
+            run5.Training(path, {}, run5.Settings())
         assert "\n" not in str(error.value)
 
 
 def test_a_full_disk_leaves_the_checkpoint_whole(small, after_one_epoch, eager):
     resource = pytest.importorskip("resource")
-    checkpoint, folder = after_one_epoch
-    before, limits = checkpoint.path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    path, folder = after_one_epoch
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
             trained(small, folder, epochs=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert checkpoint.path.read_bytes() == before
+    assert path.read_bytes() == before
     assert [path.name for path in folder.iterdir()] == ["checkpoint.npz"]
+
+
+class Disturbed(run5.Training):
+    """Before its third epoch another process goes on from its checkpoint, or drops it."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
+        if epoch == 2:
+            self.disturb()
+
+    def disturb(self):
+        other = run5.Training(self.path, self.identity, self.settings)
+        other.save(other.variables)
+
+
+class Dropped(Disturbed):
+    def disturb(self):
+        self.path.unlink()
+
+
+@pytest.mark.parametrize("kind", [Disturbed, Dropped])
+def test_a_training_ends_where_another_has_changed_its_checkpoint(small, tmp_path, eager, kind):
+    with pytest.raises(run5.InputError, match="another training"):
+        trained(small, tmp_path, kind, epochs=9)
+    left = [run5.Training(path, {}, run5.Settings()).history for path in tmp_path.iterdir()]
+    assert [len(history) for history in left] == ([2] if kind is Disturbed else [])

@@ -15,11 +15,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import NARROW, ROOT, run_script
-from PIL import Image
 
 import train_model_v5 as run5
 from data.dataset import Codes, exact_heights
+from data.heights import N
 
+# Each of them is away from its default.
+SETTINGS = ["--test-codes", "50", "--val-fraction", "0.25", "--extra-codes", "2", "--seed", "7"]
+SETTINGS += ["--width", str(NARROW), "--dropout", "0.5", "--batch-size", "64", "--epochs", "9"]
+SETTINGS += ["--stop-patience", "1", "--stop-min-delta", "99", "--learning-rate", "0.002"]
+SETTINGS += ["--group-weights", *"123456789"]
 RESULTS = [
     "best_model_run5.h5",
     "comparison.png",
@@ -43,6 +48,7 @@ def home(tmp_path_factory):
     (folder / ".keras" / "keras.json").write_text(json.dumps(config))
     variables = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "HOME": str(folder)}
     variables |= {"KERAS_HOME": str(folder / ".keras"), "MPLCONFIGDIR": "/nowhere/to/be/made"}
+    variables |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     if shutil.which("gcc") and sys.platform == "linux":
         source = "#include <errno.h>\nint flock(int f, int o) { errno = ENOLCK; return -1; }"
         (folder / "no_locks.c").write_text(source)
@@ -55,31 +61,35 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, small_npz, home):
-    """(what the resumed process printed, folder) of a run of two epochs, killed after the first.
+    """(what was printed, folder) of a run of two epochs, interrupted by SIGTERM after the first.
 
-    From another folder, with a space and a letter outside ASCII in the paths.
+    Without docstrings and a safe path, from another folder, with a space and letters
+    outside ASCII and UTF-8 in the paths, in a locale that knows ASCII alone.
     """
     folder = tmp_path_factory.mktemp("a rün")
-    data, output = folder / "smäll data.npz", folder / "results"
+    data, output = folder / os.fsdecode(b"sm\xe4ll data.npz"), folder / "results"
     shutil.copy(small_npz, data)
     output.mkdir()
     (output / "metrics.json").write_text("earlier")
-    arguments = ["--data", data, "--output", output, "--epochs", "2", "--test-codes", "50"]
-    arguments += ["--width", str(NARROW)]
-    command = [sys.executable, ROOT / "train_model_v5.py", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    arguments = ["--data", data, "--output", output, *SETTINGS]
+    command = [sys.executable, "-OO", "-P", ROOT / "train_model_v5.py", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=folder, env=os.environ | home, **pipes)
+    said = []
     for line in process.stdout:
+        said.append(line)
         if "val_loss" in line:
             break
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.terminate()
+    assert process.communicate()[1].splitlines()[-1].endswith("the same command resumes training")
+    assert process.returncode == 130
     assert sorted(path.name for path in output.iterdir()) == ["metrics.json", "unfinished"]
     assert (output / "metrics.json").read_text() == "earlier"
+    (output / "unfinished" / ".tmp-1-checkpoint.npz").write_text("left by a kill")
     resumed = run_script(*arguments, cwd=folder, **home)
     assert resumed.returncode == 0, resumed.stderr
     assert "Traceback" not in resumed.stderr
-    return resumed.stdout, output
+    return "".join(said) + resumed.stdout, output
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +103,14 @@ def without_times(folder):
 
 
 def test_a_killed_run_is_resumed_and_leaves_its_results_alone(finished, metrics):
-    assert "resuming after 1 epochs" in finished[0]
-    assert len(metrics["history"]) == 2
+    first, second = finished[0].split("resuming after epoch 1")
+    assert len(metrics["history"]) == 2 and metrics["stopped_early"]
     assert sorted(path.name for path in finished[1].iterdir()) == RESULTS
-    assert len(re.findall(r"^epoch 2: .*\(0:00:00\)", finished[0], re.M)) == 1
+    assert len(re.findall(r"^epoch 2: .*\(0:00:00\)", second, re.M)) == 1
+    order = ["reading ", "making 540 extra codes", "k=4, m=2: 90", "computing", "\ntraining\n"]
+    for said in (first, f"reading {second}"):
+        places = [said.index(x) for x in order]
+        assert places == sorted(places)
 
 
 @pytest.fixture(scope="module")
@@ -125,24 +139,81 @@ def test_another_process_loads_the_export_without_our_code(best, small, home, tm
     process = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     heights = np.load(tmp_path / "heights.npy")
-    np.testing.assert_allclose(heights, run5.predict_all(best, codes), rtol=1e-5)
+    np.testing.assert_allclose(heights, run5.outputs_of(best, codes), rtol=1e-5)
     np.testing.assert_array_equal(np.isinf(heights[:, 0]), np.isinf(exact_heights(codes)))
 
 
-def test_metrics_are_those_of_the_saved_model(metrics, best, small):
-    sets = run5.make_sets(small, run5.Settings(test_codes=50))
+def run_settings():
+    return run5.parse_arguments(SETTINGS)[0]
+
+
+@pytest.fixture(scope="module")
+def sets(small):
+    """The sets of the run, made again, and the low codes of the test set."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(sys, "stdout", None)
+    sets = run5.add_extra_codes(run5.make_sets(small, run_settings()), run_settings())
+    patch.undo()
+    to_features = run5.feature_model("basis")
     sets["low codes"] = sets["test"].take(sets["test"].low)
-    for name, n in (("validation", 6), ("test", 50), ("low codes", 5)):
-        data = sets[name]
-        error = np.log2(run5.predict_all(best, data)[:, 0]) - data.log2_height
-        for i, row in enumerate(metrics["errors"][name]):
-            assert (row["k"], row["m"], row["n"]) == (*run5.GROUPS[i], n)
-            assert row["run5"] == pytest.approx(np.mean(error[data.group == i] ** 2), rel=1e-3)
-            assert row["bound"] < row["mean"] and row["ridge"] >= 0
-    lowest = min(row["val_loss"] for row in metrics["history"])
-    assert metrics["history"][metrics["best_epoch"] - 1]["val_loss"] == lowest
-    validation = np.mean([row["run5"] for row in metrics["errors"]["validation"]])
-    assert lowest == pytest.approx(validation, rel=1e-3)
+    return {
+        x: replace(data, features=run5.outputs_of(to_features, data)) for x, data in sets.items()
+    }
+
+
+def by_hand(sets, best, name):
+    """log2 heights of a set by each way to predict, by other means than the script's."""
+    train_set, data = sets["training"], sets[name]
+    found = {way: np.empty(len(data)) for way in ("mean", "bound", "ridge")}
+    found["network"] = np.log2(run5.outputs_of(best, data)[:, 0].astype(float))
+    for i in range(9):
+        fitted, rows = train_set.group == i, data.group == i
+        x, y = train_set.features[fitted].astype(float), train_set.log2_height[fitted]
+        mean, deviation = x.mean(axis=0), x.std(axis=0)
+        scaled, centre = (x - mean) / np.where(deviation > 0, deviation, 1), y.mean()
+        weights = np.linalg.solve(scaled.T @ scaled + np.eye(252), scaled.T @ (y - centre))
+        z = (data.features[rows] - mean) / np.where(deviation > 0, deviation, 1)
+        found["ridge"][rows] = z @ weights + centre
+        found["mean"][rows] = y[~train_set.low[fitted]].mean()
+        found["bound"][rows] = data.features[rows, 0]
+    return found
+
+
+def test_metrics_are_those_of_the_saved_model_and_of_simple_ways(metrics, best, sets):
+    counts = {"validation": 10, "test": 50, "low codes": 5}
+    for name, n in counts.items():
+        data, rows = sets[name], metrics["errors"][name]
+        assert [(row["k"], row["m"], row["n"]) for row in rows] == [(*x, n) for x in run5.GROUPS]
+        for way, predicted in by_hand(sets, best, name).items():
+            squares = (predicted - data.log2_height) ** 2
+            expected = [squares[data.group == i].mean() for i in range(9)]
+            np.testing.assert_allclose([row[way] for row in rows], expected, rtol=1e-3, atol=1e-9)
+    error = by_hand(sets, best, "test")["network"] - sets["test"].log2_height
+    six = np.isin(sets["test"].group, [i for i, (k, m) in enumerate(run5.GROUPS) if k + m < 9])
+    for name, part in (
+        ("six", error[six]),
+        ("all", error),
+        ("6,3", error[sets["test"].group == 8]),
+    ):
+        found = metrics["test_statistics"][name]
+        assert found["bias"] == pytest.approx(part.mean(), rel=1e-3, abs=1e-5)
+        assert found["max"] == pytest.approx(2 ** np.abs(part).max(), rel=1e-4)
+
+
+def test_metrics_say_what_the_run_was(metrics, sets, small):
+    assert metrics["sets"] == {x: len(sets[x]) for x in ("training", "validation", "test")}
+    assert metrics["sets"] == {"training": 810, "validation": 90, "test": 450}
+    assert metrics["extra_codes"] == 540 and metrics["rows_per_epoch"] == 270
+    settings = metrics["settings"]
+    assert settings.pop("data") == small.about["sha256"] == metrics["dataset"]["sha256"]
+    expected = json.loads(json.dumps(vars(run_settings()), default=str))
+    assert settings == {x: expected[x] for x in expected if x not in ("data", "output")}
+    losses = [row["val_loss"] for row in metrics["history"]]
+    assert metrics["best_epoch"] == 1 + losses.index(min(losses)) and metrics["epochs_run"] == 2
+    rows = pd.DataFrame(metrics["errors"]["validation"])
+    assert min(losses) == pytest.approx(rows["network"].mean(), rel=1e-3)
+    assert "less than 99.0 in 1 epochs after epoch 1" in metrics["ended"]
+    assert 0 < metrics["times"]["seconds"] < 300
 
 
 def numbers(line):
@@ -151,16 +222,16 @@ def numbers(line):
 
 def tables_of(metrics):
     tables = {x: pd.DataFrame(t).set_index(["k", "m"]) for x, t in metrics["errors"].items()}
-    return {x: table.rename(columns={"run5": "Run 5"}) for x, table in tables.items()}
+    return {x: table.rename(columns={"network": "Run 5"}) for x, table in tables.items()}
 
 
 def test_the_report_has_the_figures_the_best_way_first(finished, metrics):
     printed, output = finished
     report = (output / "detailed_comparison.txt").read_text()
     lines = report.splitlines()
-    assert report.strip() in printed and len(lines) <= 80 and max(map(len, lines)) <= 100
-    assert f"width {NARROW}" in lines[1] and "50" in lines[1]
-    tables = tables_of(metrics)
+    assert report.strip() in printed and len(lines) <= 66 and max(map(len, lines)) <= 100
+    assert f"width {NARROW}" in " ".join(lines[1:3]) and r"sm\udce4ll data.npz" in report
+    tables, shown = tables_of(metrics), metrics["test_statistics"]
     test, low = tables["test"], tables["low codes"]
     six = run5.TIERS["easy"] + run5.TIERS["medium"]
     first = [line for line in lines if re.match(r"(Run 5|ridge|bound|mean) +\d", line)][:4]
@@ -174,15 +245,17 @@ def test_the_report_has_the_figures_the_best_way_first(finished, metrics):
         (line,) = (line for line in lines if line.startswith(f"{k},{m} "))
         expected = [row["mean"], row["bound"], row["ridge"], row["Run 5"]]
         assert numbers(line)[:4] == pytest.approx(expected, abs=6e-5)
-        factors = 2 ** np.sqrt(row[["bound", "ridge", "Run 5"]].to_numpy(dtype=float))
-        assert numbers(line)[4:7] == pytest.approx(factors, abs=6e-3)
-        assert numbers(line)[-1] == pytest.approx(low.loc[(k, m), "Run 5"], abs=6e-5)
+        of_run = shown[f"{k},{m}"]
+        expected = [of_run[x] for x in ("RMS factor", "95%", "max", "bias")]
+        assert numbers(line)[4:8] == pytest.approx(expected, abs=6e-3)
+        expected = low.loc[(k, m), ["ridge", "Run 5"]].tolist()
+        assert numbers(line)[8:] == pytest.approx(expected, abs=6e-5)
 
 
 def test_statistics_say_what_log2_errors_mean():
     error = np.log2(np.repeat([1, 1.04, 0.94, 0.5], [90, 4, 4, 2]))
     found = run5.error_statistics(error)
-    assert np.log2(found["factor"]) ** 2 == pytest.approx(np.mean(error**2))
+    assert np.log2(found["RMS factor"]) ** 2 == pytest.approx(np.mean(error**2))
     assert found["in 5%"] == 0.94 and found["bias"] == pytest.approx(error.mean())
     assert found["95%"] == pytest.approx(1 / 0.94) and found["max"] == pytest.approx(2)
 
@@ -193,46 +266,100 @@ def shipped():
     return json.loads((ROOT / "run_5" / "metrics.json").read_text())
 
 
-def test_the_report_compares_run_5_with_the_published_figures(shipped, tmp_path, metrics):
-    report = run5.write_report(shipped, tmp_path)
+def report_of(metrics):
+    return run5.make_report(metrics, *run5.read_baselines())
+
+
+def test_the_report_compares_run_5_with_the_published_figures(shipped, metrics):
+    report = report_of(shipped)
     lines = re.split(r"k,m +Run 2 +Run 4 +Run 5 +vs R2 +vs R4 +n\n", report)[1].splitlines()
     published, _ = run5.read_baselines()
     for row, line in zip(shipped["errors"]["validation"], lines, strict=False):
         run2, run4 = published.loc[row["k"], row["m"]]
-        versus = [100 * (row["run5"] / run - 1) for run in (run2, run4)]
-        assert numbers(line)[:3] == pytest.approx([run2, run4, row["run5"]], abs=1e-6)
+        versus = [100 * (row["network"] / run - 1) for run in (run2, run4)]
+        assert numbers(line)[:3] == pytest.approx([run2, run4, row["network"]], abs=1e-6)
         assert numbers(line)[3:] == pytest.approx(versus, abs=0.06)
-    assert "vs R2" not in run5.write_report(metrics, tmp_path)  # Six rows a group say nothing.
+        assert line.startswith(f"k={row['k']},m={row['m']} ") and line.endswith(f"n={row['n']}")
+    assert "vs R2" not in report_of(metrics)  # Ten rows a group say nothing.
 
 
 @pytest.mark.parametrize("error", [1e-9, 50.0, math.nan])
-def test_targets_are_reported_as_met_or_missed(shipped, metrics, tmp_path, error):
-    errors = {x: [row | {"run5": error} for row in rows] for x, rows in shipped["errors"].items()}
-    report = run5.write_report(shipped | {"errors": errors}, tmp_path)
+def test_targets_are_reported_as_met_or_missed(shipped, metrics, error):
+    errors = {x: [row | {"network": error} for row in t] for x, t in shipped["errors"].items()}
+    report = report_of(shipped | {"errors": errors})
     missed = re.search(r"Run 5 misses ([\w, ]+);", " ".join(report.split()))[1]
     assert missed == ("none" if error < 1 else ", ".join(run5.TARGETS))
-    assert "misses" not in run5.write_report(metrics, tmp_path)
+    assert "misses" not in report_of(metrics)
 
 
-def test_pictures_are_drawn(finished):
-    for name in (x for x in RESULTS if x.endswith(".png")):
-        with Image.open(finished[1] / name) as picture:
-            assert min(picture.size) > 600
-            assert len(picture.convert("RGB").getcolors(1 << 24)) > 40
+def test_trainings_are_named_incomplete_where_they_are(shipped):
+    published, rows = run5.read_baselines()
+    rows.loc[rows["run"] == "Run 4", "ended"] = "--epochs 3"
+    assert re.search(r"^Run 4, incomplete +42", run5.make_report(shipped, published, rows), re.M)
 
 
-def test_the_repository_holds_the_model_and_the_report_of_one_run(shipped, tmp_path):
+def test_the_curves_are_loss_and_val_loss(metrics):
+    (panel,) = run5.plot_history(metrics).axes
+    history = pd.DataFrame(metrics["history"])
+    loss, val_loss, best, ridge = panel.lines
+    for line, name in ((loss, "loss"), (val_loss, "val_loss")):
+        assert line.get_label().startswith(f"{name}:")
+        np.testing.assert_array_equal(line.get_xdata(), [1, 2])
+        np.testing.assert_array_equal(line.get_ydata(), history[name])
+    epoch = metrics["best_epoch"]
+    assert best.get_xydata().tolist() == [[epoch, history["val_loss"][epoch - 1]]]
+    rows = pd.DataFrame(metrics["errors"]["validation"])
+    assert ridge.get_ydata()[0] == pytest.approx(np.average(rows["ridge"], weights=rows["n"]))
+    assert panel.get_title().endswith(metrics["ended"])
+
+
+def test_the_scatter_shows_every_code_of_the_six_groups(sets):
+    data = sets["test"]
+    predicted = data.log2_height + np.random.default_rng(0).normal(0.2, 1, len(data))
+    figure = run5.plot_predictions(data, predicted)
+    for panel in figure.axes:
+        k, m = map(int, re.match(r"k=(\d), m=(\d)", panel.get_title()).groups())
+        for low, points in enumerate(panel.collections):
+            rows = (data.k == k) & (data.m == m) & (data.low == low)
+            shown = np.stack([data.log2_height, predicted - data.log2_height], axis=1)[rows]
+            np.testing.assert_array_equal(points.get_offsets(), shown)
+        error = (predicted - data.log2_height)[(data.k == k) & (data.m == m)]
+        assert f"bias {error.mean():+.3f}" in panel.get_title()
+    hard = np.abs(predicted - data.log2_height)[data.k + data.m == N].max()
+    assert len(figure.axes) == 6 and f"{hard:.2g}" in figure.get_suptitle()
+
+
+def test_the_comparison_shows_every_way_and_run_2_on_validation_and_new_codes(shipped):
+    published, rows = run5.read_baselines()
+    left, right = run5.plot_comparison(shipped, published, rows).axes
+    test = tables_of(shipped)["test"]
+    six = run5.TIERS["easy"] + run5.TIERS["medium"]
+    ways = [text.get_text() for text in left.texts]
+    assert sorted(ways) == ["Run 5", "bound", "mean", "ridge"]
+    for way, line, text in zip(ways, left.lines, left.texts, strict=True):
+        by_name = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        expected = {f"{k},{m}": 2 ** test.loc[(k, m), way] ** 0.5 for k, m in six}
+        assert by_name == pytest.approx(expected) and text.xy[1] == line.get_ydata()[-1]
+    mean = rows.groupby("run")[["log2_mse", "test_log2_mse"]].mean()
+    expected = [*mean.loc["Run 2, rows split at random"], mean.loc["Run 2", "test_log2_mse"]]
+    expected.append(test["Run 5"].mean())
+    assert [bar.get_height() for bar in right.patches] == pytest.approx(expected)
+    lines = [line.get_ydata()[0] for line in right.lines]
+    assert lines == pytest.approx(published.mean().tolist())
+
+
+def test_the_repository_holds_the_model_and_the_report_of_one_run(shipped):
     dataset = run5.load_dataset(*run5.Settings().data)
     assert shipped["settings"]["data"] == dataset.about["sha256"]
     rows = run5.split_dataset(dataset, seed=shipped["settings"]["seed"])[1]
     val_set = dataset.take(rows)
-    heights = run5.predict_all(run5.load_trained(run5.TRAINED), val_set)[:, 0].astype(float)
-    predicted = pd.DataFrame({"run5": np.log2(heights)})
-    errors = run5.group_errors(val_set, val_set.log2_height, predicted)["run5"]
-    expected = pd.DataFrame(shipped["errors"]["validation"])["run5"]
+    heights = run5.outputs_of(run5.load_trained(run5.TRAINED), val_set)[:, 0].astype(float)
+    squares = (np.log2(heights) - val_set.log2_height) ** 2
+    expected = pd.DataFrame(shipped["errors"]["validation"])["network"]
+    errors = [squares[val_set.group == i].mean() for i in range(9)]
     np.testing.assert_allclose(errors, expected, rtol=0.01)
     report = (ROOT / "run_5" / "detailed_comparison.txt").read_text()
-    assert run5.write_report(shipped, tmp_path) == report
+    assert report_of(shipped) == report
 
 
 def rows_of_the_readme(heading):
@@ -245,8 +372,8 @@ def rows_of_the_readme(heading):
 def test_the_readme_has_the_figures_of_the_runs():
     metrics = json.loads((ROOT / "run_5" / "metrics.json").read_text())
     tables = {x: pd.DataFrame(t).set_index(["k", "m"]) for x, t in metrics["errors"].items()}
-    test, low = tables["test"], tables["low codes"]["run5"]
-    both = test[["mean", "bound", "ridge", "run5"]].assign(low=low)
+    test, low = tables["test"], tables["low codes"]["network"]
+    both = test[["mean", "bound", "ridge", "network"]].assign(low=low)
     six = run5.TIERS["easy"] + run5.TIERS["medium"]
     expected = {f"({k},{m})": both.loc[k, m] for k, m in run5.GROUPS if (k, m) in six}
     expected |= {"these six": both.loc[six].mean(), "all nine": both.mean()}
@@ -277,7 +404,7 @@ def short_run(small_npz, output, *more, epochs=1):
     return run5.main([*map(str, arguments)])
 
 
-def test_epochs_may_differ_on_resuming_and_fresh_starts_anew(
+def test_a_run_ended_by_epochs_goes_on_with_more_and_fresh_starts_anew(
     small_npz, small, tmp_path, eager, capsys
 ):
     start = run5.Batches.start_epoch
@@ -289,45 +416,51 @@ def test_epochs_may_differ_on_resuming_and_fresh_starts_anew(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run5.Batches, "start_epoch", stopped)
-        assert short_run(small_npz, tmp_path, epochs=50) == 130
+        assert short_run(small_npz, tmp_path, "--fresh", epochs=50) == 130
+    assert "the same command without --fresh resumes" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]
     assert short_run(small_npz, tmp_path, "--batch-size", 10) == 2
     refused = capsys.readouterr().err.splitlines()[-1]
     assert "batch_size 256, now 10" in refused
-    assert short_run(small_npz, tmp_path) == 0
-    assert without_times(tmp_path)["epochs_run"] == 2
+    for epochs, done in ((1, 2), (3, 3)):
+        assert short_run(small_npz, tmp_path, epochs=epochs) == 0
+        assert "resuming after epoch 2" in (said := capsys.readouterr().out)
+        assert "ended by --epochs" in said and "goes on" in said
+        assert without_times(tmp_path)["epochs_run"] == done
     network = run5.load_trained(tmp_path / "best_model_run5.h5").get_layer("log2_height")
     P = small.P[run5.split_dataset(small)[0]]
     mean = np.ravel(network.get_layer("scale").mean)
     np.testing.assert_allclose(mean, P.mean(axis=0), rtol=1e-4, atol=1e-4)
 
-    capsys.readouterr()
-    assert short_run(small_npz, tmp_path) == 0
-    assert "has a finished run, which this new one will replace" in capsys.readouterr().out
-
-    (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "checkpoint.npz").write_text("damaged")
     assert short_run(small_npz, tmp_path) == 2
+    capsys.readouterr()
     assert short_run(small_npz, tmp_path, "--fresh") == 0
+    assert "has a finished run, which this new one will replace" in capsys.readouterr().out
     assert without_times(tmp_path)["epochs_run"] == 1
 
 
-def test_a_folder_that_cannot_be_removed_does_not_spoil_a_run(
-    small_npz, tmp_path, eager, monkeypatch, capsys
+def test_a_run_needs_no_standard_output_and_no_folder_that_can_be_removed(
+    small_npz, tmp_path, eager, monkeypatch
 ):
     def busy(*arguments, **options):
         raise OSError(39, "Directory not empty")
 
-    monkeypatch.setattr(os, "rmdir", busy)
-    assert short_run(small_npz, tmp_path) == 0
-    assert "sha256" in capsys.readouterr().out
-    assert set(RESULTS) < {path.name for path in tmp_path.iterdir()}
-
-
-def test_a_run_needs_no_standard_output(small_npz, tmp_path, eager, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
-    assert short_run(small_npz, tmp_path) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == RESULTS
+    monkeypatch.setattr(os, "rmdir", busy)
+    stopped = ["--stop-patience", 1, "--stop-min-delta", 99]
+    assert short_run(small_npz, tmp_path, *stopped, epochs=9) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*RESULTS, "unfinished"]
+    assert not [*(tmp_path / "unfinished").iterdir()]
+
+
+def test_keras_shows_its_progress_where_output_is_a_terminal(
+    small_npz, tmp_path, eager, monkeypatch, capsys
+):
+    monkeypatch.setattr(run5, "on_terminal", lambda: True)
+    assert short_run(small_npz, tmp_path, epochs=2) == 0
+    said = capsys.readouterr().out
+    assert "Epoch 1/2" in said and "epoch 1: loss" not in said
 
 
 def test_a_diverged_run_ends_with_one_line_and_its_epochs_can_be_reported(
@@ -339,7 +472,7 @@ def test_a_diverged_run_ends_with_one_line_and_its_epochs_can_be_reported(
     assert "epoch 2" in problem and problem.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]
     assert short_run(small_npz, tmp_path) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == RESULTS
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*RESULTS, "unfinished"]
 
 
 @pytest.mark.parametrize(
@@ -354,7 +487,8 @@ def test_a_diverged_run_ends_with_one_line_and_its_epochs_can_be_reported(
         (["--group-weights", "1", "2"], "--group-weights"),
         (["--features", "minors"], "minors"),
         (["--labels", "maybe"], "maybe"),
-        (["--heights", "h.pkl"], "--predict"),
+        (["--model", "m.h5"], "--model: no effect without --predict"),
+        (["--predict", "a", "--fresh", "--epochs", "3"], "--fresh, --epochs: no effect"),
         (["--data", "none.npz"], "none.npz"),
         (["--data", "a", "b", "c"], "3 paths"),
     ],
@@ -373,9 +507,8 @@ def test_bad_options_are_named_and_nothing_is_written(
 
 
 def test_every_setting_is_an_option_with_its_default():
-    settings, given = run5.parse_arguments([])
-    assert settings == run5.Settings()
-    assert given.labels == "check" and not (given.fresh or given.predict)
+    settings, typed = run5.parse_arguments([])
+    assert settings == run5.Settings() and not typed
     for setting in fields(run5.Settings):
         value = {"features": "raw", "output": "out"}.get(setting.name, "0.5")
         value = "12" if isinstance(setting.default, int) else value
@@ -407,7 +540,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_had_not_been(tmp_pa
         with subprocess.Popen([*command, tmp_path / "broken"], **pipes) as process:
             epochs = rng.integers(6)
             for line in process.stdout:
-                done += re.findall(r"resuming after (\d+) epochs", line)
+                done += re.findall(r"resuming after epoch (\d+)", line)
                 epochs -= line.startswith("epoch")
                 if epochs < 0 and kill < 20:
                     time.sleep(rng.uniform(0, 0.2))
@@ -417,4 +550,4 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_had_not_been(tmp_pa
     done = [*map(int, done)]
     assert len(set(done)) > 5 and done == sorted(done)
     assert without_times(tmp_path / "unbroken") == without_times(tmp_path / "broken")
-    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == RESULTS
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == [*RESULTS, "unfinished"]
