@@ -621,8 +621,7 @@ TARGETS = {"easy": 0.15, "medium": 0.30, "hard": 1.20, "all": 0.35}  # The desig
 SAME_SETS = ("test_codes", "val_fraction")  # Runs with equal ones and one dataset compare.
 
 KEY = """\
-log2-MSE   mean of (log2 predicted - log2 true)^2 in a group; for several groups, the mean of these
-RMS factor 2^sqrt(log2-MSE): how far predictions typically are from the true height
+log2-MSE   mean of (log2 predicted - log2 true)^2, then of the groups; RMS factor: 2^sqrt of it
 bound      each basis (information set) bounds the m-height from below; the largest bound
 ridge      a regression for each group on the network's features, fitted to the training set
 mean       the group's mean log2 height in the training set, without the low extra codes
@@ -633,18 +632,20 @@ DESIGN = """\
 Validation log2-MSE. Run 2 and Run 4 as published: of another dataset, where most validation codes
 were in training, too. So the percentages measure nothing; compare with "trained here" instead.
 {}"""
+DEPARTURES = """\
+Departures from the design: 252 features of the bases, clipped, in place of P, and the largest bound
+added at the output (but for --features raw); codes are split, not rows; a test set; {extra_codes:,}
+extra codes, {rows_per_epoch:,} rows an epoch; min_delta {settings[stop_min_delta]} for early
+stopping; {parameters:,} parameters, not 3-4 million"""
 RUN = """\
-Departures from the design: 252 features of the code's bases, clipped at 8 standard deviations, in
-place of P, and the largest bound added at the output (not with --features raw); codes are split,
-not rows; a test set; {extra_codes:,} extra codes in the six groups, {rows_per_epoch:,} rows in an
-epoch; min_delta {settings[stop_min_delta]} for early stopping; {parameters:,} parameters
-run       {epochs_run} epochs, {ended}; best epoch {best_epoch}
-rows      training {sets[training]:,}, validation {sets[validation]:,}, test {sets[test]:,}; \
-seed {settings[seed]}
+{departures}
+run       {epochs_run} epochs (best {best_epoch}), {ended}
+rows      training {sets[training]:,}, validation {sets[validation]:,}, test {sets[test]:,}
 dataset   {dataset[file]}, {dataset[rows]:,} rows, {dataset[duplicates]:,} of them duplicates
 heights   {dataset[labels]}; {dataset[infinite]:,} infinite ones left out
-machine   {machine}; {times[seconds]:.0f} s of training, {times[finished]}
-versions  {versions}, commit {commit}"""
+made      {times[finished]}, {times[seconds]:.0f} s of training, seed {settings[seed]}, \
+commit {commit}
+machine   {machine}; {versions}"""
 
 
 def read_baselines(path: Path = BASELINES) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -778,7 +779,9 @@ def make_report(results: dict, published: pd.DataFrame, rows: pd.DataFrame) -> s
     if len(rows):
         sections.append(trainings_section(rows))
     versions = ", ".join(f"{x} {number}" for x, number in results["versions"].items())
-    return "\n\n".join([*sections, RUN.format(**results | {"versions": versions})]) + "\n"
+    departures = textwrap.fill(DEPARTURES.format(**results), 100)
+    run = RUN.format(**results | {"versions": versions, "departures": departures})
+    return "\n\n".join([*sections, run]) + "\n"
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -830,19 +833,20 @@ def plot_predictions(test_set: Dataset, predicted: np.ndarray) -> Figure:
 
 
 def plot_comparison(results: dict, published: pd.DataFrame, rows: pd.DataFrame) -> Figure:
-    """Left: the RMS factor of each way to predict, in the six groups where the bound is not the
-    height. Right: Run 2 on validation rows and on new codes, and Run 5 on new codes."""
+    """Left: the RMS error of each way to predict, in log2 but read as a factor, in the six groups
+    where the bound is not the height. Right: Run 2 on validation rows and on new codes, and Run 5
+    on new codes."""
     test, rows = error_table(results, "test"), rows_to_compare(rows, results)
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     groups = [f"{k},{m}" for k, m in TIERS["six"]]
-    for way, factors in (2 ** np.sqrt(test.loc[groups])).items():
-        left.plot(groups, factors, "o-")
-        left.annotate(way, (groups[-1], factors.iloc[-1]), (8, -3), textcoords="offset points")
+    for way, size in np.sqrt(test.loc[groups]).items():
+        left.plot(groups, size, "o-")
+        left.annotate(way, (groups[-1], size.iloc[-1]), (8, -3), textcoords="offset points")
     left.set(yscale="log", xlabel="k,m", ylabel="RMS factor (1: exact)")
     left.set_title("Test error in the groups where the bound is not the height", fontsize="medium")
-    ticks = [1.02, 1.05, 1.1, 1.3, 2, 4]
-    left.set_yticks(ticks, map(str, ticks))
+    factors = [1.02, 1.05, 1.1, 1.2, 1.4, 2, 4]
+    left.set_yticks(np.log2(factors), map(str, factors))
     left.set_yticks([], minor=True)
     left.margins(x=0.12)
 
@@ -856,12 +860,12 @@ def plot_comparison(results: dict, published: pd.DataFrame, rows: pd.DataFrame) 
             "Run 2,\ncodes split:\nnew codes": errors.loc["Run 2", "test_log2_mse"],
         } | bars
     right.bar_label(right.bar([*bars], [*bars.values()]), fmt="{:.3g}")
+    means = published.mean()
     for run, color in (("Run 2", "C1"), ("Run 4", "C3")):
-        mean = published[run].mean()
-        right.axhline(mean, color=color, linestyle="--", label=f"{run} as published: {mean:.3f}")
+        right.axhline(means[run], color=color, linestyle="--")
+    right.set_xlabel(f"dashed: Run 2 {means['Run 2']:.3f}, Run 4 {means['Run 4']:.3f} as published")
     right.set(yscale="log", ylabel="log2-MSE, mean of the nine groups")
     right.set_title("Validation rows that are in training, too, hide the error", fontsize="medium")
-    right.legend()
     for panel in (left, right):
         panel.grid(axis="y", alpha=0.3)
     return figure
@@ -975,7 +979,7 @@ def results_of(
         "test_statistics": {x: error_statistics(error[rows]) for x, rows in named.items()},
         "history": history,
         "commit": commit(),
-        "times": {"seconds": training.seconds, "finished": time.strftime("%Y-%m-%d %H:%M")},
+        "times": {"seconds": training.seconds, "finished": time.strftime("%Y-%m-%d")},
         "versions": {x: version(x) for x in ("keras", "tensorflow", "numpy", "scikit-learn")},
         "machine": f"{platform.system()}, {platform.machine()}, {os.cpu_count()} CPUs",
     }

@@ -121,7 +121,7 @@ def best(finished):
 LOAD_ELSEWHERE = """
 import sys, numpy as np, tensorflow as tf
 given = np.load("given.npz")
-served = tf.saved_model.load("exported mödel")
+served = tf.saved_model.load("exported model")
 inputs = [tf.constant(given[name]) for name in ("n", "k", "m", "P")]
 np.save("heights.npy", served.serve(inputs).numpy())
 assert not {"train_model_v5", "data"} & set(sys.modules)
@@ -129,7 +129,7 @@ assert not {"train_model_v5", "data"} & set(sys.modules)
 
 
 def test_another_process_loads_the_export_without_our_code(best, small, home, tmp_path):
-    best.export(tmp_path / "exported mödel", verbose=False)
+    best.export(tmp_path / "exported model", verbose=False)
     P = small.P * (np.arange(360) % 8 > 0)[:, None]  # By P = 0 heights are infinite.
     codes = Codes(np.full(360, 9), small.k, small.m, P.astype("float64"))
     n, k, m = (x.astype("int32")[:, None] for x in codes[:3])
@@ -338,7 +338,7 @@ def test_the_comparison_shows_every_way_and_run_2_on_validation_and_new_codes(sh
     assert sorted(ways) == ["Run 5", "bound", "mean", "ridge"]
     for way, line, text in zip(ways, left.lines, left.texts, strict=True):
         by_name = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
-        expected = {f"{k},{m}": 2 ** test.loc[(k, m), way] ** 0.5 for k, m in six}
+        expected = {f"{k},{m}": test.loc[(k, m), way] ** 0.5 for k, m in six}
         assert by_name == pytest.approx(expected) and text.xy[1] == line.get_ydata()[-1]
     mean = rows.groupby("run")[["log2_mse", "test_log2_mse"]].mean()
     expected = [*mean.loc["Run 2, rows split at random"], mean.loc["Run 2", "test_log2_mse"]]
