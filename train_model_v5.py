@@ -4,7 +4,9 @@
 
 trains a residual network on data/augmented.npz and writes the model, its figures, a report and
 pictures to run_5/. The same command resumes a run that was killed; --dropout 0 trains without
-dropout; --predict FILE predicts the heights of the codes in a file. HEADFIGURES
+dropout; --predict FILE predicts the heights of the codes in a file. On new codes the log2-MSE, mean
+of the six (k, m) groups with m < n - k (else a bound is the height), is 0.0086, 0.0087 and 0.0089
+with seeds 42, 1 and 2, one run each; ridge regression on the same features has 0.0201. MINUTES
 
 The file is in the order in which the data flows, from settings to main(). "The design" is the
 specification of Run 5. Run 2 and Run 4 are earlier networks for the same task, which comes from a
@@ -634,7 +636,7 @@ were in training, too. So the percentages measure nothing; compare with "trained
 {}"""
 DEPARTURES = """\
 Departures from the design: 252 features of the bases, clipped, in place of P, and the largest bound
-added at the output (but for --features raw); codes are split, not rows; a test set; {extra_codes:,}
+added at the output (but for --features raw); split by code; a test set; {extra_codes:,}
 extra codes, {rows_per_epoch:,} rows an epoch; min_delta {settings[stop_min_delta]} for early
 stopping; {parameters:,} parameters, not 3-4 million"""
 RUN = """\

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import signal
+import textwrap
 import zipfile
 from fractions import Fraction
 from functools import partial
@@ -581,13 +582,13 @@ def test_a_model_is_refused_that_is_broken_or_hostile(tmp_path, course, call, ki
 def test_the_snippets_of_the_readme_and_the_course_evaluator(small, capsys, tmp_path, monkeypatch):
     course = pytest.importorskip("tamu_csce_636_project1")
     monkeypatch.chdir(tmp_path)
-    one_matrix, export = SNIPPETS[:2]
-    exec(one_matrix, names := {})
-    shown, exact = re.search(r"# .*\[([\d.]+)\].* ([\d.]+)$", one_matrix, re.M).groups()
+    one_code = re.search(r'-c "\n(.*?)"\n', TEXTS[0], re.DOTALL)[1]
+    exec(textwrap.dedent(one_code), names := {})
+    shown, exact = re.search(r"prints ([\d.]+), .* ([\d.]+):", TEXTS[0]).groups()
     printed = re.match(r"\[([\d.]+)\]", capsys.readouterr().out)[1]
     assert float(printed) == pytest.approx(float(shown), abs=0.01)
     assert m_heights(np.array([names["P"]]), [3])[0, 0] == pytest.approx(float(exact), abs=0.005)
-    exec(export, names)
+    exec(next(snippet for snippet in SNIPPETS if "export(" in snippet), {})
     assert shown in capsys.readouterr().out
     groups = {f"[9,{k},{m}]": small.take(small.group == i) for i, (k, m) in enumerate(GROUPS)}
     inputs = {name: [*unflatten(data.P, data.k[0])] for name, data in groups.items()}
@@ -595,6 +596,18 @@ def test_the_snippets_of_the_readme_and_the_course_evaluator(small, capsys, tmp_
     evaluator = course.Evaluator(first_name="A", last_name="L", email="a@tamu.edu", print=False)
     errors = evaluator.eval(func=run5.inference, inputs=inputs, outputs=outputs)
     assert [*errors] == [(9, k, m) for k, m in GROUPS] and 0 < np.mean([*errors.values()]) < 0.02
+
+
+def test_a_generator_matrix_becomes_a_P_of_the_same_height():
+    exec(next(snippet for snippet in SNIPPETS if "P_of" in snippet), names := {})
+    rng = np.random.default_rng(0)
+    mixed = rng.integers(-3, 4, (4, 4)) @ np.hstack([np.eye(4), P])[:, rng.permutation(9)]
+    mixed[:, 0] = mixed[:, 1]  # So that the first k columns are no basis.
+    found = m_heights(names["P_of"](mixed)[None], 2)[0, 0]
+    others = [names["P_of"](mixed[:, rng.permutation(9)]) for _ in range(5)]
+    np.testing.assert_allclose(m_heights(np.stack(others), 2)[:, 0], found, rtol=1e-9)
+    with pytest.raises(ValueError, match="no k independent"):
+        names["P_of"](np.ones((4, 9)))
 
 
 def test_inference_takes_any_iterable_and_loads_its_model_once(small, monkeypatch):

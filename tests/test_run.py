@@ -369,32 +369,37 @@ def rows_of_the_readme(heading):
     return {first: [float(x) for x in re.findall(r"\d[\d.]*", rest)] for first, rest in cells}
 
 
-def test_the_readme_has_the_figures_of_the_runs():
-    metrics = json.loads((ROOT / "run_5" / "metrics.json").read_text())
-    tables = {x: pd.DataFrame(t).set_index(["k", "m"]) for x, t in metrics["errors"].items()}
-    test, low = tables["test"], tables["low codes"]["network"]
-    both = test[["mean", "bound", "ridge", "network"]].assign(low=low)
-    six = run5.TIERS["easy"] + run5.TIERS["medium"]
-    expected = {f"({k},{m})": both.loc[k, m] for k, m in run5.GROUPS if (k, m) in six}
-    expected |= {"these six": both.loc[six].mean(), "all nine": both.mean()}
+def test_the_readme_has_the_figures_of_the_runs(shipped):
+    tables, rows = tables_of(shipped), run5.read_baselines()[1]
+    six = list(run5.OPEN_GROUPS)
+    ways = ["mean", "bound", "ridge", "Run 5"]
+    both = tables["test"][ways].assign(low=tables["low codes"]["Run 5"])
+    expected = {f"({k},{m})": both.loc[k, m] for k, m in six} | {"all nine": both.mean()}
     found = rows_of_the_readme("group")
     assert list(found) == list(expected)
     for name, figures in found.items():
         assert figures == pytest.approx(expected[name].tolist(), rel=2e-4, abs=6e-5), name
 
-    rows = run5.read_baselines()[1]
-    for name, figures in rows_of_the_readme("training").items():
-        runs = rows[rows["run"] == name].pivot(
-            index=["k", "m"], columns="seed", values="test_log2_mse"
-        )
-        seeds = [len(runs.columns)]
-        if name in test:  # Without a network, by the default run.
-            runs, seeds = test[[name]], []
-        means = run5.with_means(runs).loc[["easy", "medium", "hard", "all"]]
-        expected = [*seeds, *means.mean(axis=1)]
-        if len(runs.columns) > 1:
-            expected += [means.loc["all"].min(), means.loc["all"].max()]
-        assert figures == pytest.approx(expected, rel=2e-4, abs=6e-5), name
+    by_run = rows.groupby(["run", "seed", "k", "m"])["test_log2_mse"].mean().unstack(["k", "m"])
+    of_six = by_run[six].mean(axis=1)
+    errors = dict(zip(ways, tables["test"].loc[six, ways].mean(), strict=True))
+    order = [errors["mean"], of_six["Run 5 on raw P"].mean(), *list(errors.values())[1:], 0]
+    for name, error in zip(found := rows_of_the_readme("way"), order, strict=True):
+        factor, shown = found[name][-2:]
+        assert factor == pytest.approx(2**error**0.5, abs=6e-3), name
+        assert shown == pytest.approx(error, rel=2e-4, abs=6e-5), name
+
+    text = " ".join((ROOT / "README.md").read_text().split())
+    shown = text.split("the six groups have ")[1].split("by default")[0]
+    shown = [x.split(" to ") for x in re.findall(r"0\.\d+(?: to 0\.\d+)?", shown)]
+    for found, run in zip(shown, ("without extra codes", "without dropout", ""), strict=True):
+        seeds = of_six[f"Run 5 {run}".strip()]
+        assert len(seeds) == 3
+        assert float(found[0]) == pytest.approx(seeds.min(), abs=6e-5)
+        assert float(found[-1]) == pytest.approx(seeds.max(), abs=6e-5)
+    split = rows[rows["run"] == "Run 2, rows split at random"]
+    for error in split[["log2_mse", "test_log2_mse"]].mean():
+        assert f" of {error:.3f} " in text
 
 
 def short_run(small_npz, output, *more, epochs=1):
