@@ -23,7 +23,6 @@ import math
 import os
 import platform
 import secrets
-import signal
 import subprocess
 import sys
 import textwrap
@@ -69,6 +68,7 @@ from data.dataset import (
     one_line,
     read_codes,
     replacing,
+    start_as_command,
     without_suffix,
 )
 from data.features import BasisFeatures, MinimumDistance
@@ -623,7 +623,7 @@ TARGETS = {"easy": 0.15, "medium": 0.30, "hard": 1.20, "all": 0.35}  # The desig
 SAME_SETS = ("test_codes", "val_fraction")  # Runs with equal ones and one dataset compare.
 
 KEY = """\
-log2-MSE   mean of (log2 predicted - log2 true)^2, then of the groups; RMS factor: 2^sqrt of it
+log2-MSE   mean of (log2 predicted - log2 true)^2, averaged over groups; RMS factor: 2^sqrt of it
 bound      each basis (information set) bounds the m-height from below; the largest bound
 ridge      a regression for each group on the network's features, fitted to the training set
 mean       the group's mean log2 height in the training set, without the low extra codes
@@ -636,7 +636,7 @@ were in training, too. So the percentages measure nothing; compare with "trained
 {}"""
 DEPARTURES = """\
 Departures from the design: 252 features of the bases, clipped, in place of P, and the largest bound
-added at the output (but for --features raw); split by code; a test set; {extra_codes:,}
+added at the output (but for --features raw); split by code; a test set; {extra_codes:,} rows of
 extra codes, {rows_per_epoch:,} rows an epoch; min_delta {settings[stop_min_delta]} for early
 stopping; {parameters:,} parameters, not 3-4 million"""
 RUN = """\
@@ -797,7 +797,8 @@ def plot_history(results: dict) -> Figure:
     ridge = np.average(validation["ridge"], weights=validation["n"])
     figure = Figure(figsize=(9, 6), layout="constrained")
     panel, lowest = figure.subplots(), history["val_loss"][best]
-    panel.plot(history["loss"], label="loss: training set, weighted by group")
+    dropout = ", with dropout" if results["settings"]["dropout"] else ""
+    panel.plot(history["loss"], label=f"loss: training set, weighted by group{dropout}")
     panel.plot(history["val_loss"], label="val_loss: validation set, mean of the rows")
     panel.plot(best, lowest, "kv", label=f"best epoch {best}: {lowest:.4f}")
     panel.axhline(ridge, color="C2", linestyle="--", label=f"ridge, validation set: {ridge:.4f}")
@@ -816,7 +817,7 @@ def plot_predictions(test_set: Dataset, predicted: np.ndarray) -> Figure:
     true, error = test_set.log2_height, predicted - test_set.log2_height
     figure = Figure(figsize=(13, 9), layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
-    for panel, (k, m) in zip(panels.flat, TIERS["easy"] + TIERS["medium"], strict=True):
+    for panel, (k, m) in zip(panels.flat, OPEN_GROUPS, strict=True):
         group = test_set.group == GROUPS.index((k, m))
         panel.axhline(0, color="black", linewidth=0.8, zorder=0)
         for name, low, color in (("random codes", False, "C0"), ("low codes", True, "C3")):
@@ -830,7 +831,7 @@ def plot_predictions(test_set: Dataset, predicted: np.ndarray) -> Figure:
     figure.supxlabel("true log2 height")
     figure.supylabel("predicted - true log2 height")
     others = np.abs(error[test_set.m == N - test_set.k]).max()
-    figure.suptitle(f"Run 5 on new codes. Largest error in the groups with m = n - k: {others:.2g}")
+    figure.suptitle(f"Run 5 on new codes; for m = n - k the largest error in log2 is {others:.2g}")
     return figure
 
 
@@ -845,7 +846,7 @@ def plot_comparison(results: dict, published: pd.DataFrame, rows: pd.DataFrame) 
     for way, size in np.sqrt(test.loc[groups]).items():
         left.plot(groups, size, "o-")
         left.annotate(way, (groups[-1], size.iloc[-1]), (8, -3), textcoords="offset points")
-    left.set(yscale="log", xlabel="k,m", ylabel="RMS factor (1: exact)")
+    left.set(yscale="log", xlabel="k,m", ylabel="RMS factor, spaced by the log of its log2")
     left.set_title("Test error in the groups where the bound is not the height", fontsize="medium")
     factors = [1.02, 1.05, 1.1, 1.2, 1.4, 2, 4]
     left.set_yticks(np.log2(factors), map(str, factors))
@@ -853,19 +854,20 @@ def plot_comparison(results: dict, published: pd.DataFrame, rows: pd.DataFrame) 
     left.margins(x=0.12)
 
     errors = rows.groupby("run")[["log2_mse", "test_log2_mse"]].mean()
-    bars = {"Run 5:\nnew codes": test["Run 5"]["all"]}
+    bars = {f"{way}:\nnew codes": test[way]["all"] for way in ("bound", "Run 5") if way in test}
     if {"Run 2", "Run 2, rows split at random"} <= {*errors.index}:
         in_validation, on_new_codes = errors.loc["Run 2, rows split at random"]
         bars = {
-            "Run 2, rows split\nat random:\nvalidation rows": in_validation,
-            "the same\nnetwork:\nnew codes": on_new_codes,
+            "Run 2, rows\nsplit at random:\nvalidation": in_validation,
+            "the same:\nnew codes": on_new_codes,
             "Run 2,\ncodes split:\nnew codes": errors.loc["Run 2", "test_log2_mse"],
         } | bars
     right.bar_label(right.bar([*bars], [*bars.values()]), fmt="{:.3g}")
     means = published.mean()
-    for run, color in (("Run 2", "C1"), ("Run 4", "C3")):
-        right.axhline(means[run], color=color, linestyle="--")
-    right.set_xlabel(f"dashed: Run 2 {means['Run 2']:.3f}, Run 4 {means['Run 4']:.3f} as published")
+    for run, style in (("Run 2", "--"), ("Run 4", ":")):
+        right.axhline(means[run], color="black", linestyle=style)
+    names = f"dashed: Run 2 {means['Run 2']:.3f}, dotted: Run 4 {means['Run 4']:.3f}"
+    right.set_xlabel(f"as published, {names}")
     right.set(yscale="log", ylabel="log2-MSE, mean of the nine groups")
     right.set_title("Validation rows that are in training, too, hide the error", fontsize="medium")
     for panel in (left, right):
@@ -1133,7 +1135,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # File names can be any bytes.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # A batch system's time limit.
+    start_as_command()
     sys.exit(main())

@@ -14,6 +14,8 @@ import pickle
 import pickletools
 import re
 import reprlib
+import signal
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -549,6 +551,14 @@ def without_suffix(path: Path) -> str:
 
 
 # --- writing --------------------------------------------------------------------------------------
+
+
+def start_as_command() -> None:
+    """For a process that is a command: SIGTERM, as by a batch system's time limit, interrupts it as
+    Ctrl-C does, and file names of any bytes can be printed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

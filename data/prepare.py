@@ -32,6 +32,7 @@ from data.dataset import (
     load_dataset,
     read_codes,
     read_heights,
+    start_as_command,
     write_heights,
 )
 from data.heights import GROUPS, OPEN_GROUPS, N, code_keys, m_heights
@@ -244,4 +245,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    start_as_command()
     sys.exit(main())

@@ -32,7 +32,14 @@ import numpy as np
 import pandas as pd
 from keras import layers
 
-from data.dataset import P_WIDTH, Dataset, InputError, load_dataset, replacing
+from data.dataset import (
+    P_WIDTH,
+    Dataset,
+    InputError,
+    load_dataset,
+    replacing,
+    start_as_command,
+)
 
 # What rows have in common that replace each other.
 SAME = ["run", "source", "seed", "dataset", *run5.SAME_SETS]
@@ -251,9 +258,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rerun_baselines.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("rerun_baselines.py: interrupted; the same command goes on", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
+    start_as_command()
     sys.exit(main())

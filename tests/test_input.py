@@ -9,7 +9,6 @@ import pickle
 import re
 import shutil
 import signal
-import textwrap
 import zipfile
 from fractions import Fraction
 from functools import partial
@@ -583,7 +582,7 @@ def test_the_snippets_of_the_readme_and_the_course_evaluator(small, capsys, tmp_
     course = pytest.importorskip("tamu_csce_636_project1")
     monkeypatch.chdir(tmp_path)
     one_code = re.search(r'-c "\n(.*?)"\n', TEXTS[0], re.DOTALL)[1]
-    exec(textwrap.dedent(one_code), names := {})
+    exec(one_code, names := {})
     shown, exact = re.search(r"prints ([\d.]+), .* ([\d.]+):", TEXTS[0]).groups()
     printed = re.match(r"\[([\d.]+)\]", capsys.readouterr().out)[1]
     assert float(printed) == pytest.approx(float(shown), abs=0.01)
