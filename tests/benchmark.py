@@ -65,7 +65,7 @@ def epoch_seconds(*command: str) -> float:
 def training(repeats: int) -> list[str]:
     """Seconds an epoch of the default run as a user types it, against plain_keras, each in a
     process of its own, without and with the memory kept that is freed."""
-    script = Path(run5.__file__), "--epochs", "4", "--fresh", "--output"
+    script = Path(run5.__file__), "--epochs", "3", "--fresh", "--output"
     with TemporaryDirectory() as folder:
         ways = [(*script, folder), (__file__, "plain"), (__file__, "plain_kept")]
         readings = [[epoch_seconds(*map(str, way)) for way in ways] for _ in range(repeats)]
@@ -94,7 +94,7 @@ def plain_keras(keep_memory: bool) -> None:
     validation = sets["validation"]
     network.fit(
         run5.Batches(sets["training"], rows, settings),
-        epochs=4,
+        epochs=3,
         validation_data=(run5.network_inputs(validation), validation.log2_height[:, None]),
         callbacks=[
             keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: print("epoch", flush=True))
