@@ -127,18 +127,6 @@ PREDICTION_BATCH = 2048  # Rows in one step where nothing is learned; it affects
 EXTRA_CODES_A_SECOND, BYTES_PER_ROW = 2000, 1300
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, where the C library is glibc.
-
-    Else glibc returns the memory of each training step to the kernel and asks for it again in the
-    next one, which takes a third of the time of an epoch.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-2, 2**28)  # M_TOP_PAD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-
-
 # --- split and sets -------------------------------------------------------------------------------
 
 
@@ -532,6 +520,7 @@ class Training(callbacks.Callback):
         shapes = [x.shape for x in network.get_weights()]
         if self.best_weights and [x.shape for x in self.best_weights] != shapes:
             raise InputError(f"{self.path}: is of another network; --fresh drops it")
+        keep_freed_memory()
         network.compile(self.optimizer, "mean_squared_error", jit_compile=True)
         self.optimizer.build(network.trainable_variables)
         sample = callbacks.LambdaCallback(on_epoch_begin=batches.start_epoch)
@@ -590,6 +579,19 @@ class Training(callbacks.Callback):
         patience, least = self.settings.stop_patience, self.settings.stop_min_delta
         since = len(self.history) - patience
         return f"ended: val_loss fell by less than {least} in {patience} epochs after epoch {since}"
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, where the C library is glibc.
+
+    Else glibc returns the memory of each training step to the kernel and asks for it again in the
+    next one, which takes a third of the time of an epoch. Called when training begins, since what
+    comes before frees more than training needs.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-2, 2**28)  # M_TOP_PAD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def on_terminal() -> bool:
@@ -1116,7 +1118,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("absl", "tensorflow"):  # They warn of the h5 format and of several models.
         logging.getLogger(name).setLevel("ERROR")
     settings, typed = parse_arguments(argv)
-    keep_freed_memory()
     keras.config.set_floatx("float32")  # The user's keras.json may name another.
     without = " without --fresh" * ("fresh" in typed)
     again = f"; the same command{without} resumes training"

@@ -227,7 +227,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--epochs", type=run5.number(int, 1, 10**6), default=default.epochs, help="at most")
     add("--seed", type=run5.number(int, 0, 2**32 - 1), default=default.seed, help="of everything")
     given = parser.parse_args(argv)
-    run5.keep_freed_memory()
     keras.config.set_floatx("float32")
     settings = replace(default, epochs=given.epochs, seed=given.seed)
     own = given.data != default.data

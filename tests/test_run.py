@@ -548,8 +548,8 @@ def test_an_output_path_that_is_a_file_is_refused(tmp_path, small_npz, capsys):
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_had_not_been(tmp_path, small_npz):
     rng, done = np.random.default_rng(0), []
-    command = [sys.executable, ROOT / "train_model_v5.py", "--data", small_npz, "--epochs", "500"]
-    command += ["--stop-patience", "500", "--width", NARROW, "--test-codes", "10"]
+    command = [sys.executable, ROOT / "train_model_v5.py", "--data", small_npz, "--epochs", "150"]
+    command += ["--stop-patience", "150", "--width", NARROW, "--test-codes", "10"]
     command += ["--extra-codes", "0", "--output"]
     command = [*map(str, command)]
     subprocess.run([*command, tmp_path / "unbroken"], check=True, stdout=subprocess.DEVNULL)
