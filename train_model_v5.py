@@ -996,7 +996,7 @@ def results_of(
 def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
     """Load, split, train, report. fresh: drop an unfinished run. labels: as the option."""
     names = ", ".join(map(str, settings.data))
-    print(f"reading {names}; then come extra codes, features and training", flush=True)
+    print(f"reading {names}; then come the sets, their features and training", flush=True)
     dataset = load_dataset(*settings.data, labels=labels)
     published, rows = read_baselines()  # So that a damaged file is found before training.
     work = settings.output / "unfinished"

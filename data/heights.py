@@ -277,7 +277,7 @@ def code_keys(P: np.ndarray) -> np.ndarray:
     keys = np.empty(len(P), dtype="S32")
     for rows, invariants in ((exact, minors), (~exact, _small_minors)):
         values = np.sort(invariants(P[rows]), axis=1)
-        texts = [f"{k} {r} {invariants.__name__} ".encode() + row.tobytes() for row in values]
+        texts = (f"{k} {r} {invariants.__name__} ".encode() + row.tobytes() for row in values)
         keys[rows] = [hashlib.blake2b(text, digest_size=16).hexdigest() for text in texts]
     return keys
 
