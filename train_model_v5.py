@@ -639,8 +639,8 @@ were in training, too. So the percentages measure nothing; compare with "trained
 {}"""
 DEPARTURES = """\
 Departures from the design: 252 features of the bases, clipped, in place of P, and the largest bound
-added at the output (but for --features raw); split by code; a test set; {extra_codes:,} rows of
-extra codes, {rows_per_epoch:,} rows an epoch; min_delta {settings[stop_min_delta]} for early
+added at the output (but for --features raw); split by code; a test set; {extra_codes:,} extra
+rows, {rows_per_epoch:,} rows an epoch; min_delta {settings[stop_min_delta]} for early
 stopping; {parameters:,} parameters, not 3-4 million"""
 RUN = """\
 {departures}
