@@ -189,7 +189,6 @@ def rows_of(run: str, results: dict) -> pd.DataFrame:
         test_log2_mse=test["network"],
         epochs=results["epochs_run"],
         best_epoch=results["best_epoch"],
-        ended="complete",
         parameters=results["parameters"],
         seconds=round(results["times"]["seconds"]),
         backend="tensorflow",
