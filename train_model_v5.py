@@ -653,6 +653,8 @@ def read_baselines(path: Path = BASELINES) -> tuple[pd.DataFrame, pd.DataFrame]:
         rows = pd.read_csv(path)
         by_group = rows[rows["source"] == "published"].set_index(["run", "k", "m"])["log2_mse"]
         published = by_group.astype(float).unstack("run").loc[list(GROUPS), ["Run 2", "Run 4"]]
+        if published.isna().any(axis=None):
+            raise ValueError("one is missing")
         rows = rows[rows["source"] == "measured"].astype({"seed": int, "test_log2_mse": float})
         if rows.duplicated(["run", "seed", "k", "m", "dataset", *SAME_SETS]).any():
             raise ValueError("a run has two rows for a group")

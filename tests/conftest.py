@@ -2,15 +2,26 @@ import functools
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import hypothesis
 import numpy as np
 import pytest
+import tensorflow as tf
+
+import train_model_v5 as run5
+from data import matrices
+from data.dataset import load_dataset
+from data.prepare import make_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 COURSE_SAMPLE = ROOT.parent / "shared" / "course_sample"
 NARROW = 1 / 32  # The width of networks where only what is around them is tested.
+# The design's: units of hidden layers, and rates of Dropout, in the order of the layers.
+UNITS = [256, 512, 1024, 1024, 1024, 1024, 1024, 512, 256, 128]
+RATES = [0.3, 0.2, 0.3, 0.2, 0.2, 0.2, 0.1, 0.1]
 
 
 def pytest_configure(config):
@@ -29,10 +40,10 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("slow")
 
 
-def run_script(*arguments, script="train_model_v5.py", cwd=None, **environment):
-    """Run a script of the project as a user would; returns the finished process with its output."""
+def run_script(*arguments, cwd=None, **environment):
+    """Run a command of Python as a user would; returns the finished process with its output."""
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -43,8 +54,6 @@ def run_script(*arguments, script="train_model_v5.py", cwd=None, **environment):
 
 @functools.cache
 def made(rows_per_group, seed):
-    from data.prepare import make_dataset
-
     return make_dataset(rows_per_group, seed)
 
 
@@ -66,25 +75,54 @@ def small_npz(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small(small_npz):
     """The small dataset as it is read."""
-    from data.dataset import load_dataset
-
     return load_dataset(small_npz)
 
 
-@pytest.fixture
-def short_search(monkeypatch):
-    """Low codes after a few rounds of the search, where only what is done with them is tested."""
-    from data import matrices
-
-    monkeypatch.setattr(matrices, "SEARCH_ROUNDS", (1, 5))
-    monkeypatch.setattr(matrices, "VERY_LOW_ROUNDS", (1, 5))
-
-
-@pytest.fixture
-def eager(short_search):
-    """Without graphs to trace, where only what is around the network is tested."""
-    import tensorflow as tf
-
+@pytest.fixture(scope="session", autouse=True)
+def eager():
+    """No graphs are traced, which takes longer than what is computed here."""
     tf.config.run_functions_eagerly(True)
-    yield
+
+
+@pytest.fixture
+def graphs(eager):
+    """Graphs are traced as in a user's process, where that is tested."""
     tf.config.run_functions_eagerly(False)
+    yield
+    tf.config.run_functions_eagerly(True)
+
+
+@contextmanager
+def short_search():
+    """Low codes after a few rounds of the search, where only what is done with them is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matrices, "SEARCH_ROUNDS", (1, 5))
+        patch.setattr(matrices, "VERY_LOW_ROUNDS", (1, 5))
+        yield
+
+
+@pytest.fixture
+def soon():
+    with short_search():
+        yield
+
+
+def watch(thing, name):
+    """A mock in place of an attribute, which does the same and keeps the arguments."""
+    original = getattr(thing, name)
+    return mock.patch.object(thing, name, autospec=True, side_effect=original)
+
+
+@contextmanager
+def interrupted(epoch):
+    """Ctrl-C when this epoch, from 0, begins."""
+    start = run5.Batches.start_epoch
+
+    def stopped(self, number, logs=None):
+        if number == epoch:
+            raise KeyboardInterrupt
+        start(self, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run5.Batches, "start_epoch", stopped)
+        yield

@@ -1,31 +1,35 @@
 """Run 2 and Run 4 on the split of the script: their networks, weights, and rows of the csv."""
 
 import json
+from dataclasses import replace
 
 import keras
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import NARROW, ROOT
+from conftest import NARROW, ROOT, interrupted, watch
 
 import train_model_v5 as run5
 from data import rerun_baselines as baselines
 
 
-def test_networks_have_the_parameters_of_the_runs():
-    """As their scripts had them, less the queries and keys that `attention` leaves out."""
-    P = np.random.default_rng(0).normal(size=(50, 20))
-    assert baselines.build_run2(P).count_params() == 10_875_041 - 2 * 513 * 8 * 64
-    # Counted by hand from the description: embeddings and gate, P, three experts, trunk.
-    experts = 0
-    for heads, width, units in ((4, 64, 256), (8, 64, 512), (16, 128, 768)):
-        inner = heads * width
-        experts += (512 + 1) * inner + (inner + 1) * 512
-        experts += (512 + 1) * units + (units + 1) * units + 8 * units + (units + 1) * 512
-    trunk = (1 + 128 + 512 + 1) * 1024 + 4096 + 6 * (1025 * 1024 + 4096)
-    trunk += 1025 * 512 + 2048 + 513 * 256 + 257
-    expected = 13 * 64 + 129 * 3 + 21 * 512 + 2048 + experts + trunk
-    assert baselines.build_run4(P).count_params() == expected
+def test_networks_are_those_of_the_runs():
+    """By the parameters in the csv, less the queries and keys that `attention` leaves out."""
+    left_out = {"Run 2": 8 * 64, "Run 4": 4 * 64 + 8 * 64 + 16 * 128}
+    counts = pd.read_csv(run5.BASELINES).groupby("run")["parameters"].max()
+    rates = {"Run 2": [0.2, 0.4] + 4 * [0.4]}
+    rates["Run 4"] = [0.25, 0.35, 0.4, 0.4, 0.45, 0.4, 0.4, 0.4, 0.3, 0.2]
+    P = np.random.default_rng(0).normal(1, 5, size=(50, 20)).astype("float32")
+    for run, build in (("Run 2", baselines.build_run2), ("Run 4", baselines.build_run4)):
+        network = build(P)
+        assert network.count_params() == counts[run] - 2 * 513 * left_out[run]
+        (scale,) = (x for x in network.layers if isinstance(x, keras.layers.Normalization))
+        np.testing.assert_allclose([scale.mean[0], scale.variance[0]], [P.mean(0), P.var(0)])
+        dropout = [x.rate for x in network.layers if isinstance(x, run5.HashDropout)]
+        assert sorted(dropout) == sorted(rates[run])
+    (gate,) = (x for x in network.layers if getattr(x, "units", 0) == 3)  # Of Run 4's experts.
+    shares = keras.Model(network.inputs, gate.output)([np.full((1, 1), 4)] * 3 + [P[:1]])
+    assert float(shares.numpy().sum()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -50,11 +54,6 @@ def test_attention_is_that_of_keras_over_a_sequence_of_length_1(heads):
         assert dropped.any() and doubled.any() and (dropped ^ doubled).all()
 
 
-def test_run_4_starts_its_rate_anew_every_30_epochs():
-    assert baselines.cosine(0, 1.0) == baselines.cosine(60, 1.0) == pytest.approx(7e-4)
-    assert baselines.cosine(15, 1.0) == pytest.approx((7e-4 + 1e-6) / 2)
-
-
 @pytest.fixture
 def csv(tmp_path):
     """A csv of the published figures alone."""
@@ -63,9 +62,7 @@ def csv(tmp_path):
     return tmp_path / "baselines.csv"
 
 
-def test_runs_write_their_rows_and_the_report_shows_them(
-    eager, small_npz, small, csv, tmp_path, capsys
-):
+def test_runs_write_their_rows_and_the_report_shows_them(small_npz, small, csv, tmp_path, capsys):
     published, work = csv.read_text(), tmp_path / "work"
     narrow = run5.Settings(data=(small_npz,), width=NARROW, batch_size=306, test_codes=10)
     options = ["--runs", "run2", "run4", "--csv", str(csv), "--output", str(work)]
@@ -79,7 +76,7 @@ def test_runs_write_their_rows_and_the_report_shows_them(
     assert csv.read_text().startswith(published)  # Other lines stay as they are.
     rows = pd.read_csv(csv).query("source == 'measured'")
     assert list(rows["run"].unique()) == ["Run 2", "Run 4"] and len(rows) == 18
-    assert set(rows["ended"]) == {"complete"} and not list(work.iterdir())
+    assert not list(work.iterdir())
     assert (rows["log2_mse"] != rows["test_log2_mse"]).all()
     assert set(rows["dataset"]) == {small.about["sha256"]}
 
@@ -99,7 +96,9 @@ def test_runs_write_their_rows_and_the_report_shows_them(
     rows = pd.read_csv(csv).query("source == 'measured'")
     assert len(rows) == 27
     metrics = json.loads((output / "metrics.json").read_text())
-    added = rows[rows["run"] == name].set_index(["k", "m"])["test_log2_mse"]
+    added = rows[rows["run"] == name].set_index(["k", "m"])
+    assert set(added["epochs"]) == {2} and set(added["best_epoch"]) == {metrics["best_epoch"]}
+    added = added["test_log2_mse"]
     for row in metrics["errors"]["test"]:
         assert added[row["k"], row["m"]] == pytest.approx(row["network"])
 
@@ -114,34 +113,51 @@ def test_runs_write_their_rows_and_the_report_shows_them(
         assert name not in run5.make_report(metrics | other, *run5.read_baselines(csv))
 
 
-def test_rows_of_own_data_go_beside_the_results(small_npz, tmp_path, monkeypatch):
+def test_rows_of_own_data_go_beside_the_results_a_seed_in_place_of_itself_alone(
+    small, small_npz, tmp_path, monkeypatch
+):
     results = json.loads((ROOT / "run_5" / "metrics.json").read_text())
-    results["dataset"]["sha256"] = "own"
-    monkeypatch.setattr(baselines, "train_run", lambda *_: results)
+
+    def fake(run, dataset, settings, work):
+        about = results["settings"] | {"seed": settings.seed}
+        return results | {"dataset": dataset.about, "settings": about}
+
+    monkeypatch.setattr(baselines, "train_run", fake)
     before = run5.BASELINES.read_bytes()
     arguments = ["--data", str(small_npz), "--output", str(tmp_path / "own"), "--runs", "run2"]
-    assert baselines.main(arguments) == 0 == baselines.main(arguments)
+    for seed in (1, 2, 1):
+        assert baselines.main([*arguments, "--seed", str(seed)]) == 0
     rows = pd.read_csv(tmp_path / "own" / "baselines.csv")
-    assert run5.BASELINES.read_bytes() == before and (rows["dataset"] == "own").sum() == 9
+    assert run5.BASELINES.read_bytes() == before
+    assert sorted(rows[rows["dataset"] == small.about["sha256"]]["seed"]) == [1] * 9 + [2] * 9
 
 
-def test_a_run_that_was_stopped_is_resumed(eager, small, tmp_path):
+def cosine(epoch):
+    """Run 4's rate: along a cosine, anew every 30 epochs."""
+    return 1e-6 + (7e-4 - 1e-6) * (1 + np.cos(np.pi * (epoch % 30) / 30)) / 2
+
+
+@pytest.mark.parametrize(("run", "rate"), [("run2", lambda _: 5e-4), ("run4", cosine)])
+def test_a_run_that_was_stopped_is_resumed_at_its_rate(small, tmp_path, run, rate):
     settings = run5.Settings(epochs=3, width=NARROW, batch_size=306, test_codes=10)
-    start = run5.Batches.start_epoch
-
-    def stopped(self, epoch, logs=None):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        start(self, epoch)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run5.Batches, "start_epoch", stopped)
-        baselines.train_run("run4", small, settings, tmp_path / "broken")
-    broken, unbroken = (
-        baselines.train_run("run4", small, settings, tmp_path / name)
-        for name in ("broken", "unbroken")
-    )
+    with interrupted(1), pytest.raises(KeyboardInterrupt):
+        baselines.train_run(run, small, settings, tmp_path / "broken")
+    with watch(run5.Training, "fit") as fit:
+        broken, unbroken = (
+            baselines.train_run(run, small, settings, tmp_path / name)
+            for name in ("broken", "unbroken")
+        )
+    schedule = fit.call_args.args[0].schedule.schedule
+    expected = [rate(epoch) for epoch in range(99)]
+    assert [schedule(x, 5e-4) for x in range(99)] == pytest.approx(expected)
     assert broken["epochs_run"] == 3 and broken["errors"] == unbroken["errors"]
+    training = run5.Training(tmp_path / "broken" / "checkpoint.npz", {}, settings)
+    rates = [row["learning_rate"] for row in training.history]
+    assert rates == pytest.approx([rate(epoch) for epoch in range(3)])
+    other = replace(small, about=small.about | {"sha256": "another"})
+    for dataset, changes in ((other, {}), (small, {"seed": 1})):
+        with pytest.raises(run5.InputError, match=r"is of a run with"):
+            baselines.train_run(run, dataset, replace(settings, **changes), tmp_path / "broken")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"errors": {}}'])
@@ -169,3 +185,6 @@ def test_a_damaged_csv_of_runs_is_refused(tmp_path):
         path.write_text(content)
         with pytest.raises(run5.InputError, match=r"baselines\.csv: .*Run 2"):
             run5.read_baselines(path)
+    path.write_text(run5.BASELINES.read_text().replace("Run 4,published,6,3", "Run 4,other,6,3"))
+    with pytest.raises(run5.InputError, match=r"baselines\.csv: .*Run 4"):
+        run5.read_baselines(path)

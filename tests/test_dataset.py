@@ -1,17 +1,16 @@
 """data/augmented.npz and what makes it, npz files of others, and the split."""
 
-import joblib
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, write_dataset
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data import matrices, prepare
 from data.dataset import Dataset, InputError, exact_heights, flatten, load_dataset, read_codes
 from data.heights import GROUPS, OPEN_GROUPS, N, code_keys, m_heights
-from data.matrices import LOW_KINDS, STRUCTURED_SHARE, UNIFORM_RANGES, random_matrices
+from data.matrices import STRUCTURED_SHARE, UNIFORM_RANGES, random_matrices
 from train_model_v5 import split_dataset
 
 SHIPPED = ROOT / "data" / "augmented.npz"
@@ -80,20 +79,6 @@ def test_a_search_lowers_heights_within_the_range_of_each_matrix():
     assert 1 <= (found != P)[50:].sum(axis=(1, 2)).mean() <= 20
 
 
-def test_low_matrices_are_of_three_kinds():
-    P = matrices.low_matrices(np.random.default_rng(0), 1000, 4, 3)
-    least, most = P.min(axis=(1, 2)), P.max(axis=(1, 2))
-    near = (most - least <= 16) & (least > 1)
-    small = np.maximum(-least, most) <= 3
-    assert near.mean() == pytest.approx(LOW_KINDS["near-constant"], abs=0.03)
-    assert small.mean() == pytest.approx(LOW_KINDS["small"], abs=0.04)
-    assert np.abs(P).max() <= 100
-    random = random_matrices(np.random.default_rng(1), 2000, 4, 5)
-    log2, usual = (np.log2(m_heights(x, [3])[:, 0]) for x in (P, random))
-    for kind in (near, small, ~near & ~small):
-        assert np.median(log2[kind & np.isfinite(log2)]) < np.median(usual) - 1
-
-
 def test_a_tenth_of_each_group_is_low_and_known_codes_are_left_out():
     made = prepare.make_dataset(200, seed=3)
     assert made.low.reshape(9, 200).tolist() == [[False] * 180 + [True] * 20] * 9
@@ -103,23 +88,49 @@ def test_a_tenth_of_each_group_is_low_and_known_codes_are_left_out():
     assert len(np.unique([made.key, other.key])) == 2 * len(made) == 3600
 
 
-def test_some_extra_codes_are_of_very_small_height(short_search):
+def test_some_extra_codes_are_of_very_small_height(soon):
     made = [*prepare.make_extra_codes(200, 3, ())]
     assert [(part.k[0], part.m[0]) for part in made] == [*OPEN_GROUPS]
-    keys = {key for part in made for key in part.key}
-    assert not keys & set(load_dataset(prepare.VERY_LOW).key)
+    assert all(part.low.tolist() == [False] * 132 + [True] * 68 for part in made)
+    counts = np.unique(np.concatenate([part.key for part in made]), return_counts=True)[1]
+    assert np.bincount(counts).tolist() == [0, 6 * 152, 0, 6 * 16]
     log2 = np.stack([part.log2_height for part in made])
-    random, _, very_low = (np.median(x, axis=1) for x in np.split(log2, [164, 184], axis=1))
+    random, _, very_low = (np.median(x, axis=1) for x in np.split(log2, [132, 152], axis=1))
     assert (very_low < random - 1).all()
 
 
-@pytest.mark.slow
-def test_extra_codes_are_the_same_on_one_core_and_on_two(monkeypatch):
-    made = []
-    for cores in (1, 2):
-        monkeypatch.setattr(joblib, "cpu_count", lambda cores=cores: cores)
-        made.append([part.key for part in prepare.make_extra_codes(1001, 3, ())])
-    np.testing.assert_array_equal(*made)
+def test_extra_codes_are_none_of_those_for_the_accuracy_at_very_small_heights(soon, monkeypatch):
+    (first, *_) = prepare.make_extra_codes(200, 3, ())
+    monkeypatch.setattr(prepare, "load_dataset", {prepare.VERY_LOW: first}.get)
+    (again, *_) = prepare.make_extra_codes(200, 3, ())
+    assert not set(first.key) & set(again.key)
+
+
+def test_the_codes_of_very_small_height_are_the_lowest_of_long_searches(monkeypatch):
+    searched, kept = [], {}
+    monkeypatch.setattr(matrices, "search", lambda rng, P, m, rounds: searched.append(rounds) or P)
+    matrices.very_low_matrices(np.random.default_rng(0), 5, 4, 2, (3000, 3000))
+    assert searched[0].tolist() == [3000] * 5
+
+    def instead(function, arguments, workers):
+        arguments = [*arguments]
+        assert len({rng.integers(2**60) for rng, *_ in arguments}) == 9
+        for _, _, k, m, _ in arguments:
+            kept[k, m] = random_matrices(np.random.default_rng(k + m), 300, k, N - k)
+            yield kept[k, m]
+
+    monkeypatch.setattr(prepare, "in_parallel", instead)
+    codes = prepare.very_low_codes()
+    for (k, m), P in kept.items():
+        found = exact_heights(codes.take((codes.k == k) & (codes.m == m)))[1:]
+        heights = np.sort(m_heights(P, m)[:, 0])
+        np.testing.assert_array_equal(found, heights[: len(found)])
+        assert len(found) == min(100, np.isfinite(heights).sum())
+
+
+def test_each_file_that_is_made_has_its_name():
+    for options, path in (([], prepare.DATASET), (["--very-low"], prepare.VERY_LOW)):
+        assert prepare.parse_arguments(options).output == path
 
 
 def test_codes_for_the_accuracy_at_very_small_heights_are_not_those_of_the_dataset(shipped):
@@ -143,13 +154,33 @@ def test_the_shipped_codes_of_very_small_height_are_what_prepare_makes(tmp_path)
 @given(seed=st.integers(0, 2**32 - 1), k=st.sampled_from([4, 5, 6]), real=st.booleans())
 def test_one_code_has_one_key_and_another_code_another(seed, k, real):
     rng = np.random.default_rng(seed)
-    largest = rng.choice([1, 9, 100])
+    largest = rng.choice([1, 9, 100, 10**6])
     P = rng.integers(-largest, largest + 1, (k, N - k)) + real * rng.normal(size=(k, N - k))
     other = P.copy()
-    other[0, 0] += 1000
+    other[0, 0] += 10 * largest + 7
     keys = code_keys(np.stack([P, scramble(rng, P), other]))
     assert keys[0] == keys[1] != keys[2]
     assert code_keys(P[None])[0] != code_keys(P.T[None])[0]
+
+
+@pytest.mark.parametrize("largest", [3, 60])
+def test_a_code_of_integers_has_one_key_in_every_systematic_form_of_integers(largest):
+    P = np.random.default_rng(0).integers(-largest, largest + 1, (20, 4, 5))
+    P[:, 0, 0] = 1
+    other = P - P[:, :, :1] * P[:, :1]  # Unit column 0 is exchanged for column 0 of P.
+    other[:, 0], other[:, :, 0] = P[:, 0], -P[:, :, 0]
+    other[:, 0, 0] = 1
+    np.testing.assert_array_equal(code_keys(P), code_keys(other))
+    assert len(np.unique(code_keys(P))) == 20
+
+
+def test_a_group_that_would_have_no_row_in_one_set_is_refused():
+    """It has one code, which has a row of another group before, by which it is counted."""
+    rng = np.random.default_rng(0)
+    rows = [(k, m, P) for k, m in GROUPS for P in rng.integers(1, 99, (20, k, N - k))]
+    rows = [row for row in rows if row[:2] != (4, 3)] + [(4, 3, rows[0][2])]
+    with pytest.raises(InputError, match=r"\(4, 3\)"):
+        split_dataset(as_dataset(rows))
 
 
 def check_split(dataset, train, val):
@@ -199,33 +230,3 @@ def test_a_split_is_clean_or_refused_for_too_few_codes(seed, most, largest):
         check_split(dataset, *split_dataset(dataset, seed=seed))
     except InputError as error:
         assert min(codes) < 7 and "\n" not in str(error)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda a: a.pop("height"), "no array height"),
-        (lambda a: a.update(k=a["k"][:-1]), r"shape \(360,\)"),
-        (lambda a: a.update(P=a["P"][:, :19]), "row 0: found P of another size"),
-        (lambda a: a.update(height=a["height"].astype(str)), "array height"),
-        (lambda a: a.update(P=a["P"].astype(object)), "cannot be read"),  # It is never unpickled.
-        (lambda a: a["k"].__setitem__(7, 3), r"row 7: .* \(9, 3, 2\)"),
-        (lambda a: a.update(P=np.where(np.arange(20) == 4, np.nan, a["P"])), "row 0: .* finite"),
-        (lambda a: a["P"].__setitem__((359, 19), 1), "row 359: .* zeros"),
-        (lambda a: a["height"].__setitem__(5, 0.5), "row 5: found height 0.5, expected"),
-    ],
-)
-def test_a_malformed_dataset_is_refused_in_one_line(tmp_path, change, message):
-    arrays = write_dataset(tmp_path / "good.npz")
-    change(arrays)
-    np.savez(tmp_path / "bad.npz", **arrays)
-    with pytest.raises(InputError, match=rf"bad\.npz: .*{message}") as error:
-        load_dataset(tmp_path / "bad.npz")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 torn"])
-def test_what_is_no_npz_is_refused(tmp_path, content):
-    (tmp_path / "bad.npz").write_bytes(content)
-    with pytest.raises(InputError, match=r"bad\.npz: cannot be read as npz"):
-        load_dataset(tmp_path / "bad.npz")

@@ -86,6 +86,13 @@ def test_the_bound_is_below_the_height_and_equal_to_it_where_m_is_n_minus_k(k, m
     assert (below >= -1e-5).all() and (below > 0.01).any() == (m < N - k)
 
 
+def test_features_do_not_depend_on_the_other_codes_of_a_batch():
+    P = np.random.default_rng(0).normal(size=(3, 4, 5)) * np.array([1e-20, 1, 1e20])[:, None, None]
+    alone = np.concatenate([features(matrix, m=3) for matrix in P])
+    np.testing.assert_allclose(features(*P, m=3), alone, atol=1e-6)
+    check_same(alone, np.array([by_linear_algebra(matrix, 3) for matrix in P]), apart=0.02)
+
+
 def test_no_bound_is_above_the_first_feature():
     """Where bounds are within 0.002 of each other, the order is by rho and may be another."""
     P = flatten(np.random.default_rng(0).integers(-100, 101, (8000, 4, 5)))
@@ -103,6 +110,20 @@ def test_heights_are_infinite_from_the_minimum_distance_on(k, largest):
     for scale in (1, 0.1):  # By 0.1 entries are rounded, and minors that are 0 need not be.
         distance = MinimumDistance()(column, column, scale * flatten(P))
         np.testing.assert_array_equal(np.arange(1, N - k + 1) >= distance, infinite)
+    for change in (1e-14, 1e-10):  # Below and above what may be rounding.
+        near = P * np.where(largest == P, 1 + change, 1) * 0.1
+        infinite = np.isinf(m_heights(near, range(1, N - k + 1)))
+        distance = MinimumDistance()(column, column, flatten(near))
+        np.testing.assert_array_equal(np.arange(1, N - k + 1) >= distance, infinite)
+
+
+def test_a_singular_basis_is_found_among_integers_whose_products_are_above_2_to_the_53():
+    rng = np.random.default_rng(0)
+    P = rng.integers(1, 10, (50, 4, 5))
+    P[:, :3, :3] = rng.integers(-1000, 1001, (50, 3, 2)) @ rng.integers(-1000, 1001, (50, 2, 3))
+    column = np.full((50, 1), 4)
+    distance = MinimumDistance()(column, column, flatten(P))
+    assert np.isinf(m_heights(P, 5)).all() and (np.asarray(distance) <= 5).all()
 
 
 @pytest.mark.parametrize(("k", "m"), GROUPS)
@@ -134,7 +155,7 @@ def all_sets(dataset, settings):
     return sets
 
 
-def test_the_three_sets_have_exact_heights_and_share_no_code(small, short_search, capsys):
+def test_the_three_sets_have_exact_heights_and_share_no_code(small, soon, capsys):
     settings = run5.Settings(extra_codes=4, test_codes=50)
     sets = all_sets(small, settings)
     said = capsys.readouterr().out
@@ -151,6 +172,12 @@ def test_the_three_sets_have_exact_heights_and_share_no_code(small, short_search
         assert not set(one.key) & set(other.key)
     assert np.bincount(sets["test"].group, sets["test"].low).tolist() == [5] * 9
 
+    for one, other in combinations(sets, 2):
+        with pytest.raises(
+            RuntimeError, match=f"1 codes are in the {one} set and in the {other} set"
+        ):
+            run5.require_disjoint(sets | {other: sets[other].extended(sets[one].take([0]))})
+
     other = all_sets(small, replace(settings, seed=43))
     assert (other["training"].P[306:] != sets["training"].P[306:]).any()
     np.testing.assert_array_equal(other["test"].P, sets["test"].P)
@@ -159,7 +186,7 @@ def test_the_three_sets_have_exact_heights_and_share_no_code(small, short_search
 
 
 @pytest.mark.parametrize("name", ["make_dataset", "make_extra_codes"])
-def test_codes_of_the_dataset_are_not_made_again_or_found(name, short_search, monkeypatch):
+def test_codes_of_the_dataset_are_not_made_again_or_found(name, soon, monkeypatch):
     settings = run5.Settings(extra_codes=1, seed=5, test_codes=100)
     dataset = prepare.make_dataset(100, run5.TEST_SEED)  # The test set, were it not known.
     if name == "make_extra_codes":
