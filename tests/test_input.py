@@ -218,7 +218,7 @@ REFUSED = [
     (read_codes, {(9, 4, 10**30): 2.0}, ".*the key"),
     (read_codes, {(9, 4, 2): 7}, "row 0: found"),
     (read_codes, gzip.compress(b"damaged", mtime=0), "cannot be read"),
-    (read_codes, gzip.compress(b"damaged")[:10] + b"\xff" * 20, "cannot be read"),
+    (read_codes, gzip.compress(b"damaged", mtime=0)[:10] + b"\xff" * 20, "cannot be read"),
     (read_codes, b"N}S'a'\nI1\nsb.", "cannot be read"),  # It sets an attribute of None.
 ]
 
