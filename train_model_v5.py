@@ -708,11 +708,11 @@ def head_section(results: dict, comparable: bool) -> str:
     table = pd.DataFrame(table).sort_values("RMS factor, six")
     targets = "Targets: none for this dataset, split or test set"
     if comparable:
-        targets = ", ".join(f"{tier} {limit:.2f}" for tier, limit in TARGETS.items())
-        targets = f"Targets: {targets}; missed:"
+        limits, ways = ", ".join(f"{tier} {limit:.2f}" for tier, limit in TARGETS.items()), []
         for way in [x for x in ("Run 5", "ridge", "bound") if x in test]:
             missed = [tier for tier, limit in TARGETS.items() if not test[way][tier] < limit]
-            targets += f" {way} {', '.join(missed) or 'none'};"
+            ways.append(f"{way} {', '.join(missed) or 'none'}")
+        targets = f"Targets: {limits}; missed: {'; '.join(ways)}"
     count = f"{results['sets']['test']:,} new codes"
     return "\n".join(
         [
@@ -720,7 +720,7 @@ def head_section(results: dict, comparable: bool) -> str:
             *textwrap.wrap(changed, 100),
             f"Errors on {count}; six: the groups with m < n-k (else the bound is the height)",
             table.to_string(float_format="{:.4f}".format),
-            *textwrap.wrap(targets.rstrip(";"), 100),
+            *textwrap.wrap(targets, 100),
         ]
     )
 

@@ -102,7 +102,7 @@ def short_search():
 
 
 @pytest.fixture
-def soon():
+def quick_search():
     with short_search():
         yield
 

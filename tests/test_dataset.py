@@ -88,7 +88,7 @@ def test_a_tenth_of_each_group_is_low_and_known_codes_are_left_out():
     assert len(np.unique([made.key, other.key])) == 2 * len(made) == 3600
 
 
-def test_some_extra_codes_are_of_very_small_height(soon):
+def test_some_extra_codes_are_of_very_small_height(quick_search):
     made = [*prepare.make_extra_codes(200, 3, ())]
     assert [(part.k[0], part.m[0]) for part in made] == [*OPEN_GROUPS]
     assert all(part.low.tolist() == [False] * 132 + [True] * 68 for part in made)
@@ -99,7 +99,9 @@ def test_some_extra_codes_are_of_very_small_height(soon):
     assert (very_low < random - 1).all()
 
 
-def test_extra_codes_are_none_of_those_for_the_accuracy_at_very_small_heights(soon, monkeypatch):
+def test_extra_codes_are_none_of_those_for_the_accuracy_at_very_small_heights(
+    quick_search, monkeypatch
+):
     (first, *_) = prepare.make_extra_codes(200, 3, ())
     monkeypatch.setattr(prepare, "load_dataset", {prepare.VERY_LOW: first}.get)
     (again, *_) = prepare.make_extra_codes(200, 3, ())
