@@ -157,7 +157,8 @@ class _Dtype:
     def __setstate__(self, state: tuple) -> None:
         self.order = state[1]
 
-    def read(self, raw: bytes) -> np.ndarray:
+    def read(self, raw: bytes | str) -> np.ndarray:
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 wrote bytes as text.
         if not re.fullmatch("[biuf][1248]", self.code):
             raise pickle.UnpicklingError(f"an array of dtype {self.code!r}, expected numbers")
         return np.frombuffer(raw, np.dtype(self.code).newbyteorder(self.order))
@@ -171,7 +172,6 @@ class _Array:
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, raw = state
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 wrote bytes as text.
         self.values = dtype.read(raw).reshape(shape, order="F" if fortran else "C")
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -418,10 +418,10 @@ def read_codes(path: Path | str, trained: bool = True) -> Codes:
 def _read_csv(path: Path, content: bytes, codes: Codes | None) -> pd.Series:
     """The column height, in the order of the column row if there is one. If there are n, k and m,
     they have to be the codes'."""
-    table = pd.read_csv(io.BytesIO(content), index_col=False, float_precision="round_trip")
     fields = {len(row) for row in csv.reader(io.StringIO(content.decode())) if row}
     if len(fields) > 1:
         raise ValueError(f"lines have {min(fields)} to {max(fields)} fields")
+    table = pd.read_csv(io.BytesIO(content), index_col=False, float_precision="round_trip")
     if "row" in table:
         table = table.sort_values("row", ignore_index=True)
         if table["row"].tolist() != [*range(len(table))]:

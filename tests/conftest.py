@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import hypothesis
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -14,6 +15,7 @@ import tensorflow as tf
 import train_model_v5 as run5
 from data import matrices
 from data.dataset import load_dataset
+from data.features import BasisFeatures, MinorLayer
 from data.prepare import make_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,20 +26,14 @@ UNITS = [256, 512, 1024, 1024, 1024, 1024, 1024, 512, 256, 128]
 RATES = [0.3, 0.2, 0.3, 0.2, 0.2, 0.2, 0.1, 0.1]
 
 
-def pytest_configure(config):
-    slow = config.option.markexpr == "slow"
-    examples = 1500 if slow else 25
-    hypothesis.settings.register_profile("project", max_examples=examples, deadline=None)
-    hypothesis.settings.load_profile("project")
+for profile, examples in (("many", 1500), ("few", 25)):
+    hypothesis.settings.register_profile(profile, max_examples=examples, deadline=None)
+hypothesis.settings.load_profile("few")  # Unless --hypothesis-profile names the other one.
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    """Under -m slow hypothesis' tests run too, with more examples. The longest file comes first."""
+def pytest_collection_modifyitems(items):
+    """The longest file comes first."""
     items.sort(key=lambda item: item.path.name != "test_run.py")
-    for item in items:
-        if config.option.markexpr == "slow" and hasattr(item.obj, "is_hypothesis_test"):
-            item.add_marker("slow")
 
 
 def run_script(*arguments, cwd=None, **environment):
@@ -81,7 +77,13 @@ def small(small_npz):
 @pytest.fixture(scope="session", autouse=True)
 def eager():
     """No graphs are traced, which takes longer than what is computed here."""
+
+    def compute_output_spec(self, k, m, P_matrix):
+        dtype = "float32" if isinstance(self, BasisFeatures) else "float64"
+        return keras.KerasTensor((None, self.WIDTH), dtype)
+
     tf.config.run_functions_eagerly(True)
+    MinorLayer.compute_output_spec = compute_output_spec
 
 
 @pytest.fixture

@@ -62,73 +62,82 @@ def csv(tmp_path):
     return tmp_path / "baselines.csv"
 
 
-def test_runs_write_their_rows_and_the_report_shows_them(small_npz, small, csv, tmp_path, capsys):
+def test_runs_write_their_rows_in_the_csv_that_is_named(
+    small_npz, small, csv, tmp_path, quick_search
+):
     published, work = csv.read_text(), tmp_path / "work"
     narrow = run5.Settings(data=(small_npz,), width=NARROW, batch_size=306, test_codes=10)
-    options = ["--runs", "run2", "run4", "--csv", str(csv), "--output", str(work)]
-    short = {x: (build, y | {"epochs": 1}, z) for x, (build, y, z) in baselines.RUNS.items()}
-    with pytest.MonkeyPatch.context() as patch:
+    options = ["--csv", str(csv), "--output", str(work)]
+    short = {x: (build, y | {"epochs": 2}, z) for x, (build, y, z) in baselines.RUNS.items()}
+    with pytest.MonkeyPatch.context() as patch, watch(run5, "evaluate") as evaluate:
         patch.setattr(run5, "Settings", lambda: narrow)
         assert baselines.main([*options, "--epochs", "1"]) == 0
         assert csv.read_text() == published and len([*work.iterdir()]) == 2  # To go on with.
         patch.setattr(baselines, "RUNS", short)
+        (work / "own").mkdir()
         assert baselines.main(options) == 0
     assert csv.read_text().startswith(published)  # Other lines stay as they are.
     rows = pd.read_csv(csv).query("source == 'measured'")
-    assert list(rows["run"].unique()) == ["Run 2", "Run 4"] and len(rows) == 18
-    assert not list(work.iterdir())
-    assert (rows["log2_mse"] != rows["test_log2_mse"]).all()
-    assert set(rows["dataset"]) == {small.about["sha256"]}
-
-    output = tmp_path / "own"
-    arguments = ["--data", str(small_npz), "--output", str(output), "--dropout", "0"]
-    arguments += ["--width", str(NARROW), "--test-codes", "10", "--extra-codes", "0"]
-    arguments += ["--stop-patience", "1", "--stop-min-delta", "99"]
-    assert run5.main([*arguments, "--epochs", "1"]) == 0
-    name, before = "Run 5 without dropout", csv.read_text()
-    assert baselines.main(["--add", name, str(output), "--csv", str(csv)]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "metrics.json" in error and "ended by --epochs after 1" in error
-    assert csv.read_text() == before
-    assert run5.main(arguments) == 0
-    for _ in range(2):  # The second time in place of the first.
-        assert baselines.main(["--add", name, str(output), "--csv", str(csv)]) == 0
-    rows = pd.read_csv(csv).query("source == 'measured'")
-    assert len(rows) == 27
-    metrics = json.loads((output / "metrics.json").read_text())
-    added = rows[rows["run"] == name].set_index(["k", "m"])
-    assert set(added["epochs"]) == {2} and set(added["best_epoch"]) == {metrics["best_epoch"]}
-    added = added["test_log2_mse"]
-    for row in metrics["errors"]["test"]:
-        assert added[row["k"], row["m"]] == pytest.approx(row["network"])
-
-    report = run5.make_report(metrics, *run5.read_baselines(csv))
-    for run, part in rows.groupby("run"):
-        table = report.split("trained here")[1].splitlines()
-        (line,) = (line for line in table if line.startswith(f"{run} "))
-        assert float(line.split()[-1]) == pytest.approx(part["test_log2_mse"].mean(), rel=0.01)
-    others = ({"dataset": metrics["dataset"] | {"sha256": "another"}},)
-    others += ({"settings": metrics["settings"] | {"test_codes": 11}},)
-    for other in others:  # Errors on other sets do not compare.
-        assert name not in run5.make_report(metrics | other, *run5.read_baselines(csv))
+    assert [*rows["run"]] == ["Run 2"] * 9 + ["Run 4"] * 9 and [*work.iterdir()] == [work / "own"]
+    assert set(rows["dataset"]) == {small.about["sha256"]} and set(rows["epochs"]) == {2}
+    for (network, sets, _), (run, part) in zip(
+        [call.args for call in evaluate.call_args_list[2:]], rows.groupby("run"), strict=True
+    ):
+        assert set(part["parameters"]) == {network.count_params()}
+        for column, name in (("log2_mse", "validation"), ("test_log2_mse", "test")):
+            predicted = network.predict(run5.network_inputs(sets[name]), verbose=0)[:, 0]
+            squares = (predicted - sets[name].log2_height) ** 2
+            expected = [squares[sets[name].group == i].mean() for i in range(9)]
+            assert part[column].tolist() == pytest.approx(expected, rel=1e-4), run
 
 
-def test_rows_of_own_data_go_beside_the_results_a_seed_in_place_of_itself_alone(
-    small, small_npz, tmp_path, monkeypatch
-):
+def test_finished_runs_are_added_and_replace_their_own_rows_alone(csv, tmp_path, capsys):
     results = json.loads((ROOT / "run_5" / "metrics.json").read_text())
+    metrics, before = tmp_path / "metrics.json", csv.read_text()
+    command = ["--add", "Run 5", str(tmp_path), "--csv", str(csv)]
+    broken = ["", "{", "[]", "{}", json.dumps(results | {"stopped_early": False})]
+    for content in broken:
+        metrics.write_text(content)
+        assert baselines.main(command) == 2
+        problem = capsys.readouterr().err
+        assert ("Run 5: was ended by --epochs" if len(content) > 2 else "metrics.json") in problem
+        assert problem.count("\n") == 1 and csv.read_text() == before
+    settings, dataset = results["settings"], results["dataset"]
+    others = [{}, {"seed": 1}, {"test_codes": 10}, {"val_fraction": 0.5}]
+    for changes in (*others, {}):
+        metrics.write_text(json.dumps(results | {"settings": settings | changes}))
+        assert baselines.main(command) == 0
+    metrics.write_text(json.dumps(results | {"dataset": dataset | {"sha256": "another"}}))
+    assert baselines.main(command) == 0
+    rows = pd.read_csv(csv).query("source == 'measured'")
+    assert len(rows) == len(run5.read_baselines(csv)[1]) == 9 * 5
+    own = rows[rows["dataset"] == dataset["sha256"]].tail(9)  # The last one that was written.
+    for name, column in (("validation", "log2_mse"), ("test", "test_log2_mse")):
+        expected = pd.DataFrame(results["errors"][name])
+        assert [*own["k"], *own["m"]] == [*expected["k"], *expected["m"]]
+        assert own[column].tolist() == pytest.approx(expected["network"].tolist())
+    for column in ("epochs_run", "best_epoch", "parameters"):
+        assert set(own[column.removesuffix("_run")]) == {results[column]}
+    for column in ("seed", "val_fraction", "test_codes"):
+        assert set(own[column]) == {settings[column]}
+    assert set(own["seconds"]) == {round(results["times"]["seconds"])}
+
+
+def test_rows_of_own_data_go_beside_the_results(small, small_npz, tmp_path, monkeypatch):
+    results, folders = json.loads((ROOT / "run_5" / "metrics.json").read_text()), set()
 
     def fake(run, dataset, settings, work):
+        folders.add(work)
         about = results["settings"] | {"seed": settings.seed}
         return results | {"dataset": dataset.about, "settings": about}
 
     monkeypatch.setattr(baselines, "train_run", fake)
     before = run5.BASELINES.read_bytes()
-    arguments = ["--data", str(small_npz), "--output", str(tmp_path / "own"), "--runs", "run2"]
-    for seed in (1, 2, 1):
+    arguments = ["--data", str(small_npz), "--output", str(tmp_path), "--runs", "run2"]
+    for seed in (1, 2):
         assert baselines.main([*arguments, "--seed", str(seed)]) == 0
-    rows = pd.read_csv(tmp_path / "own" / "baselines.csv")
-    assert run5.BASELINES.read_bytes() == before
+    rows = pd.read_csv(tmp_path / "baselines.csv")
+    assert run5.BASELINES.read_bytes() == before and len(folders) == 2
     assert sorted(rows[rows["dataset"] == small.about["sha256"]]["seed"]) == [1] * 9 + [2] * 9
 
 
@@ -138,7 +147,7 @@ def cosine(epoch):
 
 
 @pytest.mark.parametrize(("run", "rate"), [("run2", lambda _: 5e-4), ("run4", cosine)])
-def test_a_run_that_was_stopped_is_resumed_at_its_rate(small, tmp_path, run, rate):
+def test_a_run_that_was_stopped_is_resumed_at_its_rate(small, tmp_path, run, rate, quick_search):
     settings = run5.Settings(epochs=3, width=NARROW, batch_size=306, test_codes=10)
     with interrupted(1), pytest.raises(KeyboardInterrupt):
         baselines.train_run(run, small, settings, tmp_path / "broken")
@@ -147,7 +156,12 @@ def test_a_run_that_was_stopped_is_resumed_at_its_rate(small, tmp_path, run, rat
             baselines.train_run(run, small, settings, tmp_path / name)
             for name in ("broken", "unbroken")
         )
-    schedule = fit.call_args.args[0].schedule.schedule
+    training = fit.call_args.args[0]
+    optimizer, plateau, stopping = training.optimizer, training.plateau, training.stopping
+    assert (optimizer.weight_decay, optimizer.clipnorm, stopping.min_delta) == (1e-3, None, 0)
+    found = (plateau.factor, plateau.patience, plateau.min_lr, stopping.patience)
+    assert found == (0.5, *((20, 1e-6, 30) if run == "run2" else (10, 1e-7, 25)))
+    schedule = training.schedule.schedule
     expected = [rate(epoch) for epoch in range(99)]
     assert [schedule(x, 5e-4) for x in range(99)] == pytest.approx(expected)
     assert broken["epochs_run"] == 3 and broken["errors"] == unbroken["errors"]
@@ -158,16 +172,6 @@ def test_a_run_that_was_stopped_is_resumed_at_its_rate(small, tmp_path, run, rat
     for dataset, changes in ((other, {}), (small, {"seed": 1})):
         with pytest.raises(run5.InputError, match=r"is of a run with"):
             baselines.train_run(run, dataset, replace(settings, **changes), tmp_path / "broken")
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"errors": {}}'])
-def test_what_is_no_finished_run_is_refused_in_one_line(csv, tmp_path, capsys, content):
-    before = csv.read_bytes()
-    if content:
-        (tmp_path / "metrics.json").write_text(content)
-    assert baselines.main(["--add", "name", str(tmp_path), "--csv", str(csv)]) == 2
-    problem = capsys.readouterr().err
-    assert "metrics.json" in problem and problem.count("\n") == 1 and csv.read_bytes() == before
 
 
 def test_bad_input_gets_one_line(tmp_path, capsys):

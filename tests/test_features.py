@@ -60,19 +60,10 @@ def test_features_of_a_mixed_batch_are_those_of_linear_algebra_on_each_code(m):
     rng, ks = np.random.default_rng(m), [k for k, other in GROUPS if other == m]
     ranges = [(most, k) for most in (1, 4, 20, 100) * 5 for k in ks]
     P = [rng.integers(-most, most + 1, (k, N - k)) for most, k in ranges]
+    for k in ks:  # In float32 their singular bases would not be found.
+        P.append(rng.integers(50, 101, (k, N - k)))
+        P[-1][3] = P[-1][0] + P[-1][1] - P[-1][2]
     check_same(features(*P, m=m), np.array([by_linear_algebra(x, m) for x in P]), apart=0.02)
-
-
-def test_a_singular_basis_is_told_from_one_with_a_small_minor():
-    P = np.random.default_rng(0).integers(50, 101, (4, 5))
-    P[3] = P[0] + P[1] - P[2]  # In float32 the minors of order 4 would not be 0.
-    near = P.copy()
-    near[3, 0] += 1
-    singular = (minors(np.stack([P, near])) == 0).sum(axis=1)
-    assert singular[0] > singular[1]
-    found = features(P, near, m=3)
-    at_limit = (found[:, :126] == LIMIT) & (found[:, 126:] == LIMIT)
-    assert at_limit.sum(axis=1).tolist() == singular.tolist()
 
 
 @pytest.mark.parametrize(("k", "m"), GROUPS)
@@ -126,21 +117,6 @@ def test_a_singular_basis_is_found_among_integers_whose_products_are_above_2_to_
     assert np.isinf(m_heights(P, 5)).all() and (np.asarray(distance) <= 5).all()
 
 
-@pytest.mark.parametrize(("k", "m"), GROUPS)
-def test_every_systematic_form_of_a_code_has_the_same_features(k, m):
-    rng = np.random.default_rng(k)
-    signs = rng.choice([-1, 1], k)[:, None] * rng.choice([-1, 1], N - k)
-    P = random_matrices(rng, 60, k, N - k)
-    scrambled = (signs * P)[:, rng.permutation(k)][:, :, rng.permutation(N - k)]
-    check_same(*np.split(features(*P, *scrambled, m=m), 2), apart=1e-3)
-
-    P = rng.integers(1, 1000, (4, k, N - k)) * rng.choice([-1, 1], (4, k, N - k))
-    G = np.concatenate([np.broadcast_to(np.eye(k), (4, k, k)), P], axis=2)
-    order = rng.permutation(N)
-    other = np.linalg.solve(G[:, :, order[:k]], G[:, :, order[k:]])
-    check_same(*np.split(features(*P, *other, m=m), 2), apart=1e-3)
-
-
 def test_features_are_in_the_order_of_the_rows_and_raw_ones_are_P(small):
     order = np.random.default_rng(0).permutation(360)
     twice = small.take(np.concatenate([order, np.arange(360)] * 4))  # In more than one step.
@@ -179,7 +155,8 @@ def test_the_three_sets_have_exact_heights_and_share_no_code(small, quick_search
             run5.require_disjoint(sets | {other: sets[other].extended(sets[one].take([0]))})
 
     other = all_sets(small, replace(settings, seed=43))
-    assert (other["training"].P[306:] != sets["training"].P[306:]).any()
+    for rows in (slice(None, 306), slice(306, None)):
+        assert (other["training"].P[rows] != sets["training"].P[rows]).any()
     np.testing.assert_array_equal(other["test"].P, sets["test"].P)
     without = all_sets(small, replace(settings, extra_codes=0))
     np.testing.assert_array_equal(without["training"].P, sets["training"].P[:306])
