@@ -1,4 +1,3 @@
-import functools
 import os
 import subprocess
 import sys
@@ -13,18 +12,15 @@ import pytest
 import tensorflow as tf
 
 import train_model_v5 as run5
-from data import matrices
+from data import matrices, prepare
 from data.dataset import load_dataset
 from data.features import BasisFeatures, MinorLayer
-from data.prepare import make_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 COURSE_SAMPLE = ROOT.parent / "shared" / "course_sample"
 NARROW = 1 / 32  # The width of networks where only what is around them is tested.
-# The design's: units of hidden layers, and rates of Dropout, in the order of the layers.
-UNITS = [256, 512, 1024, 1024, 1024, 1024, 1024, 512, 256, 128]
-RATES = [0.3, 0.2, 0.3, 0.2, 0.2, 0.2, 0.1, 0.1]
-
+# The rounds of the search for low codes, as long as needed where these codes are compared.
+WHOLE_SEARCH = {x: getattr(matrices, x) for x in ("SEARCH_ROUNDS", "VERY_LOW_ROUNDS")}
 
 for profile, examples in (("many", 1500), ("few", 25)):
     hypothesis.settings.register_profile(profile, max_examples=examples, deadline=None)
@@ -48,35 +44,9 @@ def run_script(*arguments, cwd=None, **environment):
     )
 
 
-@functools.cache
-def made(rows_per_group, seed):
-    return make_dataset(rows_per_group, seed)
-
-
-def write_dataset(path, rows_per_group=40, seed=1):
-    """A dataset of all nine groups at `path`; returns its arrays."""
-    dataset = made(rows_per_group, seed)
-    arrays = {name: getattr(dataset, name).copy() for name in ("k", "m", "P", "height")}
-    np.savez_compressed(path, **arrays)
-    return arrays
-
-
-@pytest.fixture(scope="session")
-def small_npz(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "small.npz"
-    write_dataset(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def small(small_npz):
-    """The small dataset as it is read."""
-    return load_dataset(small_npz)
-
-
 @pytest.fixture(scope="session", autouse=True)
-def eager():
-    """No graphs are traced, which takes longer than what is computed here."""
+def quick():
+    """No graphs are traced and no codes are searched for long, where nothing depends on it."""
 
     def compute_output_spec(self, k, m, P_matrix):
         dtype = "float32" if isinstance(self, BasisFeatures) else "float64"
@@ -84,29 +54,36 @@ def eager():
 
     tf.config.run_functions_eagerly(True)
     MinorLayer.compute_output_spec = compute_output_spec
+    matrices.SEARCH_ROUNDS = matrices.VERY_LOW_ROUNDS = (1, 5)
 
 
 @pytest.fixture
-def graphs(eager):
+def graphs(quick):
     """Graphs are traced as in a user's process, where that is tested."""
     tf.config.run_functions_eagerly(False)
     yield
     tf.config.run_functions_eagerly(True)
 
 
-@contextmanager
-def short_search():
-    """Low codes after a few rounds of the search, where only what is done with them is tested."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matrices, "SEARCH_ROUNDS", (1, 5))
-        patch.setattr(matrices, "VERY_LOW_ROUNDS", (1, 5))
-        yield
-
-
 @pytest.fixture
-def quick_search():
-    with short_search():
-        yield
+def whole_search(quick, monkeypatch):
+    """The search takes as many rounds as in a user's process."""
+    for name, rounds in WHOLE_SEARCH.items():
+        monkeypatch.setattr(matrices, name, rounds)
+
+
+@pytest.fixture(scope="session")
+def small_npz(quick, tmp_path_factory):
+    """A dataset of forty codes of each group."""
+    data, path = prepare.make_dataset(40, 1), tmp_path_factory.mktemp("data") / "small.npz"
+    np.savez_compressed(path, k=data.k, m=data.m, P=data.P, height=data.height)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small(small_npz):
+    """The small dataset as it is read."""
+    return load_dataset(small_npz)
 
 
 def watch(thing, name):

@@ -62,9 +62,7 @@ def csv(tmp_path):
     return tmp_path / "baselines.csv"
 
 
-def test_runs_write_their_rows_in_the_csv_that_is_named(
-    small_npz, small, csv, tmp_path, quick_search
-):
+def test_runs_write_their_rows_in_the_csv_that_is_named(small_npz, small, csv, tmp_path):
     published, work = csv.read_text(), tmp_path / "work"
     narrow = run5.Settings(data=(small_npz,), width=NARROW, batch_size=306, test_codes=10)
     options = ["--csv", str(csv), "--output", str(work)]
@@ -147,7 +145,7 @@ def cosine(epoch):
 
 
 @pytest.mark.parametrize(("run", "rate"), [("run2", lambda _: 5e-4), ("run4", cosine)])
-def test_a_run_that_was_stopped_is_resumed_at_its_rate(small, tmp_path, run, rate, quick_search):
+def test_a_run_that_was_stopped_is_resumed_at_its_rate(small, tmp_path, run, rate):
     settings = run5.Settings(epochs=3, width=NARROW, batch_size=306, test_codes=10)
     with interrupted(1), pytest.raises(KeyboardInterrupt):
         baselines.train_run(run, small, settings, tmp_path / "broken")

@@ -47,7 +47,7 @@ def test_the_shipped_dataset_is_exact_and_has_the_rows_it_promises(shipped):
     np.testing.assert_array_equal(exact_heights(read_codes(SHIPPED)), shipped.height)
 
 
-def test_the_shipped_file_is_what_prepare_makes(shipped, tmp_path, capsys):
+def test_the_shipped_file_is_what_prepare_makes(shipped, tmp_path, capsys, whole_search):
     assert prepare.main(["--output", str(tmp_path / "again.npz")]) == 0
     said = capsys.readouterr().out
     log2 = shipped.log2_height.reshape(9, -1)
@@ -87,7 +87,7 @@ def test_a_search_lowers_heights_within_the_range_of_each_matrix():
     assert 1 <= (found != P)[50:].sum(axis=(1, 2)).mean() <= 20
 
 
-def test_a_tenth_of_each_group_is_low_and_known_codes_are_left_out():
+def test_a_tenth_of_each_group_is_low_and_known_codes_are_left_out(whole_search):
     made = prepare.make_dataset(200, seed=3)
     assert made.low.reshape(9, 200).tolist() == [[False] * 180 + [True] * 20] * 9
     log2 = made.log2_height.reshape(9, 200)
@@ -96,7 +96,7 @@ def test_a_tenth_of_each_group_is_low_and_known_codes_are_left_out():
     assert len(np.unique([made.key, other.key])) == 2 * len(made) == 3600
 
 
-def test_some_extra_codes_are_of_very_small_height(quick_search):
+def test_some_extra_codes_are_of_very_small_height():
     made = [*prepare.make_extra_codes(200, 3, ())]
     assert [(part.k[0], part.m[0]) for part in made] == [*OPEN_GROUPS]
     assert all(part.low.tolist() == [False] * 132 + [True] * 68 for part in made)
@@ -107,16 +107,14 @@ def test_some_extra_codes_are_of_very_small_height(quick_search):
     assert (very_low < random - 1).all()
 
 
-def test_extra_codes_are_none_of_those_for_the_accuracy_at_very_small_heights(
-    quick_search, monkeypatch
-):
+def test_extra_codes_are_none_of_those_for_the_accuracy_at_very_small_heights(monkeypatch):
     (first, *_) = prepare.make_extra_codes(200, 3, ())
     monkeypatch.setattr(prepare, "load_dataset", {prepare.VERY_LOW: first}.get)
     (again, *_) = prepare.make_extra_codes(200, 3, ())
     assert not set(first.key) & set(again.key)
 
 
-def test_the_codes_of_very_small_height_are_the_lowest_of_long_searches(monkeypatch):
+def test_the_codes_of_very_small_height_are_the_lowest_of_long_searches(monkeypatch, whole_search):
     searched = []
     monkeypatch.setattr(matrices, "search", lambda rng, P, m, rounds: searched.append(rounds) or P)
     matrices.very_low_matrices(np.random.default_rng(0), 5, 4, 2, (3000, 3000))
@@ -163,7 +161,7 @@ def test_codes_for_the_accuracy_at_very_small_heights_are_not_those_of_the_datas
 
 
 @pytest.mark.slow
-def test_the_shipped_codes_of_very_small_height_are_what_prepare_makes(tmp_path):
+def test_the_shipped_codes_of_very_small_height_are_what_prepare_makes(tmp_path, whole_search):
     assert prepare.main(["--very-low", "--output", str(tmp_path / "again.npz")]) == 0
     again, shipped = (load_dataset(x) for x in (tmp_path / "again.npz", prepare.VERY_LOW))
     np.testing.assert_array_equal(again.P, shipped.P)

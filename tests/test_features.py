@@ -131,7 +131,7 @@ def all_sets(dataset, settings):
     return sets
 
 
-def test_the_three_sets_have_exact_heights_and_share_no_code(small, quick_search, capsys):
+def test_the_three_sets_have_exact_heights_and_share_no_code(small, capsys):
     settings = run5.Settings(extra_codes=4, test_codes=50)
     sets = all_sets(small, settings)
     said = capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_the_three_sets_have_exact_heights_and_share_no_code(small, quick_search
 
 
 @pytest.mark.parametrize("name", ["make_dataset", "make_extra_codes"])
-def test_codes_of_the_dataset_are_not_made_again_or_found(name, quick_search, monkeypatch):
+def test_codes_of_the_dataset_are_not_made_again_or_found(name, monkeypatch):
     settings = run5.Settings(extra_codes=1, seed=5, test_codes=100)
     dataset = prepare.make_dataset(100, run5.TEST_SEED)  # The test set, were it not known.
     if name == "make_extra_codes":

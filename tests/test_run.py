@@ -19,13 +19,16 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import NARROW, RATES, ROOT, UNITS, interrupted, run_script, short_search, watch
+from conftest import NARROW, ROOT, interrupted, run_script, watch
 from matplotlib.figure import Figure
 
 import train_model_v5 as run5
 from data.dataset import Codes, exact_heights
 from data.heights import GROUPS, N
 
+# The design's: units of hidden layers, and rates of Dropout, in the order of the layers.
+UNITS = [256, 512, 1024, 1024, 1024, 1024, 1024, 512, 256, 128]
+RATES = [0.3, 0.2, 0.3, 0.2, 0.2, 0.2, 0.1, 0.1]
 # Every setting is away from its default.
 TYPED = "--val-fraction 0.25 --test-codes 50 --extra-codes 2 --epochs 9 --batch-size 144 --seed 7"
 TYPED += f" --width {NARROW} --dropout 0.5 --learning-rate 0.002 --weight-decay 0.25"
@@ -56,8 +59,7 @@ def without_times(folder):
 def short_run(small_npz, output, *more, epochs=1):
     """The exit status of a run on raw P in a narrow network."""
     typed = ["--data", str(small_npz), "--output", str(output), "--epochs", str(epochs)]
-    with short_search():
-        return run5.main([*typed, *SHORT, *more])
+    return run5.main([*typed, *SHORT, *more])
 
 
 # --- what a run computes ---
@@ -71,7 +73,6 @@ def finished(tmp_path_factory, small_npz):
     typed = [*TYPED, "--data", str(small_npz), "--output", str(run.folder)]
     run.settings = run5.parse_arguments(typed)[0]
     with (
-        short_search(),
         watch(run5, "require_disjoint") as disjoint,
         watch(run5, "results_of") as results,
         watch(Figure, "savefig") as saved,
@@ -94,7 +95,7 @@ def finished(tmp_path_factory, small_npz):
 @pytest.fixture(scope="module")
 def sets(small, finished):
     """The sets of the run, made again, and the low codes of the test set."""
-    with short_search(), contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(None):
         sets = run5.make_sets(small, finished.settings)
         sets = run5.add_extra_codes(sets, finished.settings)
     sets["low codes"] = sets["test"].take(sets["test"].low)
@@ -103,7 +104,7 @@ def sets(small, finished):
 
 
 def test_an_interrupted_run_ends_as_an_unbroken_one(finished, small_npz, tmp_path):
-    with short_search(), watch(keras.utils, "set_random_seed") as seeded:
+    with watch(keras.utils, "set_random_seed") as seeded:
         run5.main([*TYPED, "--data", str(small_npz), "--output", str(tmp_path)])
     assert seeded.call_args.args == (7,)
     assert without_times(tmp_path) == without_times(finished.folder)
@@ -498,6 +499,8 @@ def test_a_run_ends_by_sigterm_and_is_resumed_whatever_is_around_it(home, small_
     assert "resuming after epoch 1" in resumed.stdout
     assert sorted(path.name for path in output.iterdir()) == RESULTS
     assert r"sm\udce4ll data.npz" in (output / "detailed_comparison.txt").read_text()
+    network = run5.load_trained(output / "best_model_run5.h5").get_layer("log2_height")
+    assert {weight.dtype for weight in network.weights} == {"float32"}
 
 
 ELSEWHERE = """
