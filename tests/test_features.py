@@ -169,7 +169,8 @@ def test_codes_of_the_dataset_are_not_made_again_or_found(name, monkeypatch):
     if name == "make_extra_codes":
         per_group = settings.extra_codes * len(run5.split_dataset(dataset, seed=5)[0]) // 6
         dataset = dataset.extended(*prepare.make_extra_codes(per_group, 5, ()))
-    all_sets(dataset, settings)
+    sets, rows = all_sets(dataset, settings), run5.split_dataset(dataset, seed=5)[0]
+    assert not {*sets["training"].key[len(rows) :]} & {*dataset.key}
     make = getattr(prepare, name)
     monkeypatch.setattr(run5, name, lambda rows, seed, known: make(rows, seed, ()))
     with pytest.raises(RuntimeError, match="codes are in the"):

@@ -38,10 +38,8 @@ TYPED += " --group-weights 1 2 3 4 5 6 7 8 9"
 TYPED = TYPED.split()
 # Without features or extra codes, in one step an epoch; ended by early stopping after two epochs.
 SHORT = f"--width {NARROW} --features raw --extra-codes 0 --test-codes 10 --batch-size 306".split()
-STOPPED, SCRIPT = (
-    ["--stop-patience", "1", "--stop-min-delta", "99"],
-    str(ROOT / "train_model_v5.py"),
-)
+STOPPED = ["--stop-patience", "1", "--stop-min-delta", "99"]
+SCRIPT = str(ROOT / "train_model_v5.py")
 RESULTS = ["best_model_run5.h5", "comparison.png", "detailed_comparison.txt", "metrics.json"]
 RESULTS += ["predictions_scatter.png", "training_history.png"]
 SIX = [(4, 2), (4, 3), (4, 4), (5, 2), (5, 3), (6, 2)]
@@ -212,8 +210,10 @@ def test_metrics_say_what_the_run_was(finished, sets, small, tmp_path, monkeypat
     assert metrics["times"]["finished"] == finished.date
     monkeypatch.chdir(tmp_path)  # Where there is no repository.
     assert run5.commit() == metrics["commit"]
-    monkeypatch.setenv("PATH", "")  # Git is not installed.
-    assert run5.commit() == "unknown"
+    for change in ((run5, "HERE", tmp_path), (os, "environ", {"PATH": ""})):
+        with monkeypatch.context() as patch:
+            patch.setattr(*change)  # The script is in no repository; Git is not installed.
+            assert run5.commit() == "unknown"
 
 
 # --- report ---
