@@ -172,7 +172,8 @@ def test_a_run_that_was_stopped_is_resumed_at_its_rate(small, tmp_path, run, rat
             baselines.train_run(run, dataset, replace(settings, **changes), tmp_path / "broken")
 
 
-def test_bad_input_gets_one_line(tmp_path, capsys):
+def test_bad_input_gets_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(baselines, "train_run", None)  # Nothing is trained.
     for options in (["--data", "none.npz"], ["--data", "a", "b", "c"], ["--csv", "none.csv"]):
         assert baselines.main([*options, "--output", str(tmp_path / "work")]) == 2
         problem = capsys.readouterr().err
