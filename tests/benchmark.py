@@ -41,7 +41,6 @@ def main() -> None:
         "test set": sets["test"],
         "entries within 8, times 0.1": tenths.take(np.isfinite(tenths.height)),
         "very small heights": very_low.take(np.arange(9, len(very_low))),
-        "smallest published": very_low.take(np.arange(9)),
     }
     if COURSE_SAMPLE.exists():
         beyond["sample of the course's DS-1"] = run5.load_dataset(COURSE_SAMPLE)
