@@ -231,7 +231,7 @@ def simple_predictions(train_set: Dataset, data: Dataset, kind: str) -> pd.DataF
 
     mean: of the group's training rows, without low extra codes; bound: the largest bound, the first
     of the basis features; ridge: a regression for each group on all features. All are fitted to the
-    training set alone. kind: as in feature_model.
+    training set alone. Both sets have rows of every group. kind: as in feature_model.
     """
     table = pd.DataFrame({"mean": np.zeros(len(data))})
     if kind == "basis":
@@ -485,22 +485,16 @@ class Training(callbacks.Callback):
         arrays |= {f"best_{i}": x for i, x in enumerate(self.best_weights)}
         content = io.BytesIO()  # On a full disk NumPy's writer prints tracebacks.
         np.savez(content, state=np.array(json.dumps(state)), **arrays)
-        try:
-            with replacing(self.path) as temporary:
-                temporary.write_bytes(content.getbuffer())
-        except FileNotFoundError:  # Another run, at its start, removed the temporary file.
-            self.require_own_checkpoint(False)
+        # Another run, at its start, may remove the temporary file; the next save will notice it.
+        with contextlib.suppress(FileNotFoundError), replacing(self.path) as temporary:
+            temporary.write_bytes(content.getbuffer())
 
-    def require_own_checkpoint(self, own: bool = True) -> None:
+    def require_own_checkpoint(self) -> None:
         """Raise InputError where another training has written or dropped the checkpoint."""
         mark = ""
-        if self.path.exists():
-            try:
-                with np.load(self.path) as file:
-                    *_, mark = json.loads(str(file["state"]))
-            except Exception:  # As in `load`.
-                own = False
-        if not own or mark != self.mark:
+        with contextlib.suppress(Exception), np.load(self.path) as file:  # It may be missing.
+            *_, mark = json.loads(str(file["state"]))
+        if mark != self.mark:
             raise InputError(f"{self.path.parent}: another training uses it, this one ends here")
 
     def fit(self, network: keras.Model, batches: Batches, val_set: Dataset) -> None:
