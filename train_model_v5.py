@@ -30,7 +30,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import combinations
@@ -59,6 +58,7 @@ from sklearn.preprocessing import StandardScaler
 from data.dataset import (
     CODES_FILE,
     P_WIDTH,
+    TEMPORARY,
     Codes,
     Dataset,
     InputError,
@@ -70,7 +70,6 @@ from data.dataset import (
     read_codes,
     replacing,
     start_as_command,
-    without_suffix,
 )
 from data.features import BasisFeatures, MinimumDistance
 from data.heights import GROUPS, OPEN_GROUPS, N
@@ -518,7 +517,7 @@ class Training(callbacks.Callback):
                 validation_batch_size=PREDICTION_BATCH,
                 callbacks=[sample, self.schedule, self.plateau, self.stopping, self],
                 shuffle=False,
-                verbose=int(on_terminal()),
+                verbose=verbosity(),
             )
         network.set_weights(self.best_weights)
 
@@ -549,13 +548,6 @@ class Training(callbacks.Callback):
         if best_epoch(self.history) == epoch + 1:
             self.best_weights = self.model.get_weights()
         self.save([ops.convert_to_numpy(x) for x in own])
-        if on_terminal():  # There Keras has its own line.
-            return
-        left = min(self.stopping.patience - self.stopping.wait, self.settings.epochs - epoch - 1)
-        duration = timedelta(seconds=round(left * self.seconds / (epoch + 1)))
-        losses = f"loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}"
-        end = f"ends in {left} epochs ({duration}) if val_loss does not improve"
-        print(f"epoch {epoch + 1}: {losses}; {end}", flush=True)
 
     def why_ended(self) -> str:
         """Why training has ended, in words."""
@@ -579,9 +571,9 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def on_terminal() -> bool:
-    """Whether somebody watches standard output, which may be closed."""
-    return bool(sys.stdout) and sys.stdout.isatty()
+def verbosity() -> int:
+    """Keras' verbose: a progress bar on a terminal, else a line for each epoch, else nothing."""
+    return 0 if not sys.stdout else 1 if sys.stdout.isatty() else 2
 
 
 def best_epoch(history: list[dict]) -> int:
@@ -783,8 +775,7 @@ def plot_history(results: dict) -> Figure:
     ridge = np.average(validation["ridge"], weights=validation["n"])
     figure = Figure(figsize=(9, 6), layout="constrained")
     panel, lowest = figure.subplots(), history["val_loss"][best]
-    dropout = ", with dropout" if results["settings"]["dropout"] else ""
-    panel.plot(history["loss"], label=f"loss: training set, weighted by group{dropout}")
+    panel.plot(history["loss"], label="loss: training set, in training mode, weighted by group")
     panel.plot(history["val_loss"], label="val_loss: validation set, mean of the rows")
     panel.plot(best, lowest, "kv", label=f"best epoch {best}: {lowest:.4f}")
     panel.axhline(ridge, color="C2", linestyle="--", label=f"ridge, validation set: {ridge:.4f}")
@@ -886,7 +877,7 @@ def predict(file: Path, model_file: Path, output: Path | None) -> None:
     table["exact"] = exact_heights(codes)
     output = output or file.parent
     output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{without_suffix(file)}_predicted.csv"
+    path = output / f"{file.name}_predicted.csv"
     said = "replaced" if path.exists() else "written"
     with replacing(path) as temporary:
         table.to_csv(temporary, index_label="row", lineterminator="\n")
@@ -978,21 +969,21 @@ def results_of(
     return results, predicted
 
 
-def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
-    """Load, split, train, report. fresh: drop an unfinished run. labels: as the option."""
+def run(settings: Settings, fresh: bool = False) -> None:
+    """Load, split, train, report. fresh: drop an unfinished run."""
     names = ", ".join(map(str, settings.data))
     print(f"reading {names}; then come the sets, their features and training", flush=True)
-    dataset = load_dataset(*settings.data, labels=labels)
+    dataset = load_dataset(*settings.data)
     published, rows = read_baselines()  # So that a damaged file is found before training.
-    work = settings.output / "unfinished"
-    work.mkdir(parents=True, exist_ok=True)
-    for unfinished in work.glob(".tmp-*"):  # What a killed process was writing.
+    settings.output.mkdir(parents=True, exist_ok=True)
+    for unfinished in settings.output.glob(f"{TEMPORARY}*"):  # What a killed process was writing.
         unfinished.unlink(missing_ok=True)
+    checkpoint = settings.output / "checkpoint.npz"
     if fresh:
-        (work / "checkpoint.npz").unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)
     identity = asdict(settings) | {"data": dataset.about["sha256"]}
     del identity["output"], identity["epochs"]  # They may differ when a run is resumed.
-    training = Training(work / "checkpoint.npz", identity, settings)
+    training = Training(checkpoint, identity, settings)
     if training.history:
         print(f"{training.path}: resuming after epoch {len(training.history)}", flush=True)
     elif (settings.output / "metrics.json").exists():
@@ -1028,15 +1019,13 @@ def run(settings: Settings, fresh: bool = False, labels: str = "check") -> None:
     escaped = {"encoding": "utf-8", "errors": "backslashreplace"}  # File names can be any bytes.
     writers |= {x: partial(Path.write_text, data=text, **escaped) for x, text in texts.items()}
     for name, write in writers.items():
-        with replacing(settings.output / name, work) as path:
+        with replacing(settings.output / name) as path:
             write(path)
     print(f"\n{report}\nresults are in {settings.output}")
     if not training.stopped_early:
         print(f"{training.why_ended()}: the same command with more epochs goes on from there")
-        return
-    training.path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # Other files may be in it, or some that NFS keeps.
-        work.rmdir()
+    else:
+        checkpoint.unlink(missing_ok=True)
 
 
 def number(kind: type, least: float, most: float) -> Callable[[str], float]:
@@ -1067,8 +1056,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, dict]:
     file = {"type": Path, "metavar": "FILE"}
     about = "npz; or codes and heights; or their folder (default: data/augmented.npz)"
     add(data, "data", about, nargs="+", **file)
-    about = "check the file's heights (default), trust them, or take exact ones instead"
-    add(data, "labels", about, choices=("check", "trust", "relabel"))
     about = "folder for results (default: run_5; with --predict: that of FILE)"
     add(data, "output", about, type=Path, metavar="FOLDER")
     about = "input of the network: numbers of the code's bases (default), or the entries of P"
@@ -1111,7 +1098,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             again = ""
             predict(typed["predict"], typed.get("model", TRAINED), typed.get("output"))
         else:
-            run(settings, "fresh" in typed, typed.get("labels", "check"))
+            run(settings, "fresh" in typed)
     except (InputError, OSError, MemoryError) as error:
         print(f"train_model_v5.py: {error}", file=sys.stderr)
         return 2

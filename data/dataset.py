@@ -8,7 +8,6 @@ import csv
 import gzip
 import hashlib
 import io
-import operator
 import os
 import pickle
 import pickletools
@@ -33,11 +32,8 @@ P_WIDTH = 20  # Entries of the largest P of the trained groups.
 LONGEST = 12  # Codes in files can be labelled up to this length.
 LABEL_TOLERANCE = 1e-4  # In log2: files may have been labelled by a numerical solver.
 COLUMNS = ("k", "m", "P", "height", "key", "low")  # The arrays that every dataset has.
-SUFFIXES = (".pkl", ".pickle", ".npz", ".csv", ".gz")
 CODES_FILE, HEIGHTS_FILE = "*n_k_m_P*", "*mHeights*"  # The course's names, whatever the suffix.
-CONVERT = (
-    "save its columns by np.savez('codes.npz', k=k, m=m, P=P, height=height), see data/README.md"
-)
+CONVERT = "columns, saved by np.savez(file, k=k, m=m, P=P, height=height): see data/README.md"
 # What a file is that cannot be read as npz or pickle, by its first bytes.
 OTHER_FORMATS = {
     b"SQLite format 3": "an SQLite database",
@@ -48,7 +44,12 @@ OTHER_FORMATS = {
     b"{": "a text, perhaps JSON",
     b"[": "a text, perhaps JSON",
 }
+TEMPORARY = ".m-height-"  # Names of what is being written begin so.
 ROW_OF_P = "k * (n - k) entries, then zeros; from a larger array take P[:k, :n - k].ravel()"
+ROW = (
+    "[n, k, m, P], P of k by n - k numbers: of G = [I | P] take G[:, k:], of another G see "
+    "data/README.md, of P padded with zeros take P[:k, :n - k]; a list of one matrix is [P]"
+)
 
 
 class InputError(ValueError):
@@ -225,7 +226,7 @@ def _read_pickle(path: Path, content: bytes):
             return [row for rows in objects for row in rows]
         raise pickle.UnpicklingError(f"it holds {len(objects)} objects, not all of them lists")
     except Exception as error:  # A damaged pickle can raise anything.
-        problem = f"cannot be read as npz or pickle: {found or one_line(error)}; else {CONVERT}"
+        problem = f"cannot be read as npz or pickle: {found or one_line(error)}; take {CONVERT}"
         raise InputError(f"{path}: {problem}") from None
 
 
@@ -299,74 +300,34 @@ def _rows_of_dictionary(source: Path | str, dictionary: dict) -> list:
             value = np.asarray(value) if isinstance(value, _Array) else value
             items = [value] if np.shape(value) in ((), (k, n - k)) else value
         except (TypeError, ValueError, OverflowError):
-            expected = "expected keys (n, k, m), each with one matrix or height or a list of them"
-            if isinstance(value, dict) and "GeneratorMatrix" in value:
-                expected += "; data/README.md has the lines that make P of a GeneratorMatrix"
+            expected = "keys (n, k, m), each with one P or height or a list (data/README.md)"
             found = f"found the key {one_line(key)} with {one_line(value)}"
-            raise InputError(f"{source}: {found}, {expected}") from None
+            raise InputError(f"{source}: {found}, expected {expected}") from None
         rows += [[n, k, m, item] for item in items]
     return rows
 
 
-def _integer(value) -> int:
-    """An integer, or a float that is one. Raises TypeError for anything else."""
-    whole = isinstance(value, float) and value.is_integer()
-    return int(value) if whole else operator.index(value)
-
-
-def _numbers(P) -> np.ndarray:
-    """P as an array of numbers. Exact ones (Fraction, sympy's) become floats."""
-    array = np.asarray(P)
-    if array.dtype.kind not in "iuf":
-        array = np.asarray(P, dtype=object)
-        if all(
-            hasattr(x, "__float__") and not isinstance(x, bool | np.ndarray) for x in array.flat
-        ):
-            array = array.astype(np.float64)
-    return array
-
-
-def _advice(n: int, k: int, P: np.ndarray) -> str:
-    """What to do about a P that is not k by n - k numbers, or ""."""
-    if not P.ndim:
-        return ""
-    if P.dtype.kind not in "iuf":
-        others = [x for x in P.flat if not hasattr(x, "__float__") or isinstance(x, bool)]
-        return f"; in P there is {one_line(others[0])}" if others else ""
-    if P.shape == (n - k,):
-        return "; this looks like one row of P, a list of one matrix is [P]"
-    if P.shape == (k, n) and (P[:, :k] == np.eye(k)).all():
-        return "; this is G = [I | P], whose P is G[:, k:]"
-    if P.shape == (k, n):
-        return "; this looks like a generator matrix G, data/README.md has the lines that make P"
-    if P.ndim == 2 and not (P[k:].any() or P[:, n - k :].any()):
-        return "; this looks like P padded with zeros, take P[:k, :n - k]"
-    return ""
-
-
 def codes_from_rows(source: Path | str, rows: Sequence, trained: bool = True) -> Codes:
     """Codes from the course's list of [n, k, m, P]; P an array or nested lists of shape (k, n - k),
-    or flat.
+    or flat, of whatever float() takes.
 
     trained: whether n and (k, m) have to be those of the trained groups. Raises InputError, with
     `source` and the row, for anything else, and for entries that are not finite or out of range.
     """
-    sizes, matrices = np.zeros((len(rows), 3), dtype=np.int64), []
+    sizes, matrices = np.zeros((len(rows), 3)), []
     for i, row in enumerate(rows):
-        advice = ""
         try:
-            n, k, m = map(_integer, row[:3])
-            (P,) = map(_numbers, row[3:])
+            n, k, m, P = row
             sizes[i] = n, k, m
-            if P.dtype.kind not in "iuf" or P.shape not in ((k, n - k), (k * (n - k),)):
-                advice = _advice(n, k, P)
+            if np.iscomplexobj(P):
+                raise TypeError
+            P = np.asarray(P, dtype=np.float64)
+            if P.shape not in ((k, n - k), (k * (n - k),)):
                 raise ValueError
-        except (TypeError, ValueError, OverflowError, KeyError):
-            if isinstance(row, dict):
-                advice = f"; {CONVERT}"
-            expected = "expected [n, k, m, P], integers and a matrix of numbers of shape (k, n - k)"
+        except (TypeError, ValueError, OverflowError):
+            expected = CONVERT if isinstance(row, dict) else ROW
             found = f"row {i}: found {one_line(row)}"
-            raise InputError(f"{source}: {found}, {expected}{advice}") from None
+            raise InputError(f"{source}: {found}, expected {expected}") from None
         matrices.append(P.ravel())
     P = np.zeros((len(rows), max([P_WIDTH, *map(len, matrices)])))
     for padded, matrix in zip(P, matrices, strict=True):
@@ -415,22 +376,13 @@ def read_codes(path: Path | str, trained: bool = True) -> Codes:
     return codes_from_rows(path, rows, trained)
 
 
-def _read_csv(path: Path, content: bytes, codes: Codes | None) -> pd.Series:
-    """The column height, in the order of the column row if there is one. If there are n, k and m,
-    they have to be the codes'."""
+def _read_csv(content: bytes) -> pd.Series:
+    """The column height, in the order of the column row if there is one."""
     fields = {len(row) for row in csv.reader(io.StringIO(content.decode())) if row}
     if len(fields) > 1:
         raise ValueError(f"lines have {min(fields)} to {max(fields)} fields")
     table = pd.read_csv(io.BytesIO(content), index_col=False, float_precision="round_trip")
-    if "row" in table:
-        table = table.sort_values("row", ignore_index=True)
-        if table["row"].tolist() != [*range(len(table))]:
-            raise ValueError("its column row has other numbers than 0, 1, 2 ...")
-    if codes is not None and len(codes.k) == len(table):
-        for name in {"n", "k", "m"} & {*table}:
-            if (different := np.flatnonzero(table[name] != getattr(codes, name))).size:
-                raise ValueError(f"row {different[0]}: found another {name} than the code has")
-    return table["height"]
+    return (table.sort_values("row") if "row" in table else table)["height"]
 
 
 def read_heights(path: Path | str, codes: Codes | None = None) -> np.ndarray:
@@ -438,9 +390,9 @@ def read_heights(path: Path | str, codes: Codes | None = None) -> np.ndarray:
     pickled dictionary with keys (n, k, m), or the folder of a course file. NaN for what is no
     number.
 
-    codes: where they are given, there must be a height for each, and those of a dictionary or of a
-    csv with a column row are brought to their order. Raises InputError for a file that holds
-    something else; OSError for a missing file.
+    codes: where they are given, there must be a height for each, and those of a dictionary are
+    brought to their order. Raises InputError for a file that holds something else; OSError for a
+    missing file.
     """
     path = in_folder(path, HEIGHTS_FILE)
     content, keys = path.read_bytes(), None
@@ -451,7 +403,7 @@ def read_heights(path: Path | str, codes: Codes | None = None) -> np.ndarray:
         values = np.asarray(values) if isinstance(values, _Array) else values
     try:
         if path.suffix == ".csv":
-            values = _read_csv(path, content, codes)
+            values = _read_csv(content)
         elif isinstance(values, dict):
             rows = _rows_of_dictionary(path, values)
             keys, values = [row[:3] for row in rows], [row[3] for row in rows]
@@ -483,48 +435,22 @@ def are_equal(heights: np.ndarray, exact: np.ndarray) -> np.ndarray:
     return near | (exact == heights)
 
 
-def true_heights(codes: Codes, path: Path, labels: str = "check") -> tuple[np.ndarray, str]:
-    """The heights of the codes by a file, float64 (rows,), and in words where they are from.
-
-    labels: "check" compares them with exact heights, "trust" does not, and "relabel" takes exact
-    heights instead. A height is infinite where the exact one is, whatever the label: for "check"
-    only if P has real entries, whose rounding can make it finite. Raises InputError unless the file
-    has a height for each code, for "check" at the first one that is wrong, and for "trust" at the
-    first one below 1.
-    """
-    heights, exact = read_heights(path, codes), exact_heights(codes)
-    same = are_equal(heights, exact)
-    wrong = f"{(~same).sum():,} of {len(same):,} heights"
-    if labels == "relabel":
-        return exact, f"exact ones in place of the file's, where {wrong} were wrong"
-    if labels == "trust":
-        good = heights >= 2**-LABEL_TOLERANCE
-        _require(path, good, lambda i: f"height {heights[i]:.10g}", "a number of 1 or more")
-        return np.where(np.isinf(exact), np.inf, heights), "as in the file, not checked"
-    real = (np.rint(codes.P) != codes.P).any(axis=1)
-    same |= real & np.isinf(exact)
-    way_on = "--labels relabel takes exact ones and leaves rows of infinite height out"
-    way_on = f"{wrong} are wrong; {way_on}, --labels trust keeps these"
-    expected = f"{exact[np.argmin(same)]:.8g} ({way_on})"
-    _require(path, same, lambda i: f"height {heights[i]:.10g}", expected)
-    return np.where(np.isinf(exact), np.inf, heights), "as in the file, all of them checked"
-
-
-def load_dataset(*paths: Path | str, labels: str = "check") -> Dataset:
+def load_dataset(*paths: Path | str) -> Dataset:
     """Read a dataset: one npz file, a file of codes and one of heights, or the folder of both.
 
-    labels: see true_heights. Rows of infinite height are left out and counted. Raises InputError as
-    read_codes, read_heights and true_heights do, and when all heights are infinite; OSError for a
-    missing file.
+    Heights are computed exactly; how many in the file are others is counted. Rows of infinite
+    height are left out and counted. Raises InputError as read_codes and read_heights do, and when
+    all heights are infinite; OSError for a missing file.
     """
     if len(paths) not in (1, 2):
         raise InputError(f"found {len(paths)} paths to a dataset, expected 1 or 2")
     files = [in_folder(paths[0], CODES_FILE), in_folder(paths[-1], HEIGHTS_FILE)]
     codes = read_codes(files[0])
-    height, origin = true_heights(codes, files[1], labels)
+    given, height = read_heights(files[1], codes), exact_heights(codes)
+    others = np.sum(~are_equal(given, height))
     finite = np.isfinite(height)
     if not finite.any():
-        raise InputError(f"{files[1]}: found infinite heights alone, expected finite ones")
+        raise InputError(f"{files[0]}: found infinite heights alone, expected finite ones")
     k, m, P, height = (column[finite] for column in (*codes[1:], height))
     key = np.empty(len(height), dtype="S32")
     for dimension in np.unique(k):
@@ -533,21 +459,13 @@ def load_dataset(*paths: Path | str, labels: str = "check") -> Dataset:
     sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     about = {
         "file": " + ".join(file.name for file in files),
-        "sha256": sha256 + (" relabelled" if labels == "relabel" else ""),
+        "sha256": sha256,
         "rows": len(height),
         "duplicates": int(pd.DataFrame({"key": key, "m": m}).duplicated().sum()),
         "infinite": int((~finite).sum()),
-        "labels": origin,
+        "labels": f"exact; {others:,} of {len(finite):,} in the file differ",
     }
     return Dataset(k, m, P, height, key, np.zeros(len(height), dtype=bool), about=about)
-
-
-def without_suffix(path: Path) -> str:
-    """The file's name without the suffix of its format: a name may have other dots."""
-    name = path.name
-    while (shorter := Path(name)).suffix in SUFFIXES:
-        name = shorter.stem
-    return name
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -562,12 +480,12 @@ def start_as_command() -> None:
 
 
 @contextmanager
-def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """A temporary name to write to, beside `path` or in `folder`; the file then replaces `path`.
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; the file then replaces `path`.
 
     So a kill or a power cut leaves the old file or the new one, and never a part of it.
     """
-    temporary = (folder or path.parent) / f".tmp-{os.getpid()}-{path.name}"
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:

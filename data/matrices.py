@@ -64,17 +64,15 @@ def low_matrices(rng: np.random.Generator, count: int, k: int, m: int) -> np.nda
     return P
 
 
-def very_low_matrices(
-    rng: np.random.Generator, count: int, k: int, m: int, rounds: tuple[int, int] | None = None
-) -> np.ndarray:
+def very_low_matrices(rng: np.random.Generator, count: int, k: int, m: int) -> np.ndarray:
     """Matrices P of codes of very small m-height, shape (count, k, N - k), by `search`.
 
     It starts at entries uniform on [-R, R], R from 1 to 8, and takes a number of rounds that is
-    log-uniform on `rounds` (default: VERY_LOW_ROUNDS).
+    log-uniform on VERY_LOW_ROUNDS.
     """
     most = rng.integers(1, 9, size=(count, 1, 1))
     P = rng.integers(-most, most + 1, size=(count, k, N - k))
-    log_rounds = rng.uniform(*np.log(rounds or VERY_LOW_ROUNDS), size=count)
+    log_rounds = rng.uniform(*np.log(VERY_LOW_ROUNDS), size=count)
     return search(rng, P, m, np.rint(np.exp(log_rounds)).astype(int))
 
 

@@ -1,15 +1,12 @@
 """The dataset data/augmented.npz, codes with exact m-heights; also labels the codes of a file.
 
 python data/prepare.py                                    makes the dataset
-python data/prepare.py --very-low                         makes data/very_low.npz
 python data/prepare.py --label INPUTS --output HEIGHTS    labels the codes of a file
 """
 
 import argparse
-import json
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -25,7 +22,6 @@ from data.dataset import (
     Dataset,
     InputError,
     are_equal,
-    codes_from_rows,
     exact_heights,
     flatten,
     in_folder,
@@ -43,11 +39,7 @@ SEED = 5
 LOW_SHARE = 0.1  # The share of each group that low_matrices makes; random_matrices makes the rest.
 # Of the extra codes of a group: the share of codes of very small height, how often each is there.
 VERY_LOW_SHARE, VERY_LOW_TIMES = 0.08, 3
-DATASET, VERY_LOW, KNOWN_HEIGHTS = (
-    Path(__file__).with_name(name)
-    for name in ("augmented.npz", "very_low.npz", "known_heights.csv")
-)
-LABEL_BLOCK = 5000  # Codes that one process labels in one go.
+DATASET, VERY_LOW = (Path(__file__).with_name(x) for x in ("augmented.npz", "very_low.npz"))
 
 
 # --- dataset --------------------------------------------------------------------------------------
@@ -119,57 +111,30 @@ def make_extra_codes(rows_per_group: int, seed: int, known: Iterable[bytes]) -> 
         rng = np.random.default_rng([seed, 1, GROUPS.index((k, m))])
         arguments.append((rng, k, m, rows_per_group, set(known), very_low))
     workers = joblib.cpu_count() if rows_per_group > 1000 else 1
-    return in_parallel(make_group, arguments, workers)
-
-
-def in_parallel(function: Callable, arguments: Iterable[tuple], workers: int) -> Iterator:
-    """The results of the calls, in order. Raises InputError when a process is killed."""
     parallel = joblib.Parallel(workers, return_as="generator", max_nbytes=None)
     try:
-        yield from parallel(joblib.delayed(function)(*x) for x in arguments)
+        yield from parallel(joblib.delayed(make_group)(*x) for x in arguments)
     except BrokenProcessPool:
         raise InputError("a process was killed, expected enough memory for all of them") from None
 
 
-def very_low_codes() -> Codes:
-    """Codes of very small height, to measure accuracy with; they are kept out of training.
-
-    The smallest published code of each group, then up to 100 of each: the lowest distinct codes of
-    400 searches of 3,000 rounds, without those of the dataset.
-    """
-    table = pd.read_csv(KNOWN_HEIGHTS)
-    table = table[table["source"].str.startswith("smallest")]
-    rows = [[*x, np.array(json.loads(P))] for *x, P in table[["n", "k", "m", "P"]].values.tolist()]
-    known = {*load_dataset(DATASET).key.tolist()}
-    known.update(code_keys(P[None])[0] for *_, P in rows)
-    rngs = (np.random.default_rng([SEED, i]) for i in range(len(GROUPS)))
-    arguments = ((rng, 400, k, m, (3000, 3000)) for rng, (k, m) in zip(rngs, GROUPS, strict=True))
-    found = in_parallel(very_low_matrices, arguments, joblib.cpu_count())
-    for (k, m), P in zip(GROUPS, found, strict=True):
-        height = m_heights(P, [m])[:, 0]
-        P = P[np.argsort(height, kind="stable")[: np.isfinite(height).sum()]]
-        key = code_keys(P)
-        first = np.sort(np.unique(key, return_index=True)[1])
-        rows += [[N, k, m, P[i]] for i in first if key[i] not in known][:100]
-    return codes_from_rows("very low codes", rows)
-
-
-def make_file(codes: Codes, heights: np.ndarray, output: Path) -> None:
-    """Write a dataset and print a line on each of its groups."""
-    write_heights(output, codes, heights)
-    table = pd.DataFrame({"k": codes.k, "m": codes.m, "log2 height": np.log2(heights)})
+def make_file(output: Path) -> None:
+    """Write the dataset and print a line on each of its groups."""
+    data = make_dataset()
+    write_heights(output, Codes(np.full(len(data), N), data.k, data.m, data.P), data.height)
+    table = pd.DataFrame({"k": data.k, "m": data.m, "log2 height": data.log2_height})
     print(table.groupby(["k", "m"])["log2 height"].describe().round(2).to_string())
-    print(f"{output}: {len(heights):,} rows")
+    print(f"{output}: {len(data):,} rows")
 
 
 # --- labels of a file -----------------------------------------------------------------------------
 
 
 def label_file(inputs: Path, heights_file: Path | None, output: Path) -> None:
-    """Write the exact heights of the codes in a file, in their order, by all cores.
+    """Write the exact heights of the codes in a file, in their order.
 
     heights_file: heights to compare with them, or None. Raises InputError for a file that cannot be
-    used, and when a process is killed.
+    used.
     """
     codes = read_codes(inputs, trained=False)
     for path in (in_folder(inputs, CODES_FILE), heights_file):
@@ -177,14 +142,8 @@ def label_file(inputs: Path, heights_file: Path | None, output: Path) -> None:
             raise InputError(f"{output}: is an input, expected another name")
     if heights_file:
         claimed = read_heights(heights_file, codes)
-    blocks = np.array_split(np.lexsort(codes[:3]), math.ceil(len(codes.k) / LABEL_BLOCK))
-    workers = joblib.cpu_count() if len(blocks) > 1 else 1
-    parts = ((codes.take(rows),) for rows in blocks)
-    heights, done = np.empty(len(codes.k)), 0
-    for rows, block in zip(blocks, in_parallel(exact_heights, parts, workers), strict=True):
-        heights[rows] = block
-        done += len(rows)
-        print(f"{done:,} of {len(heights):,} codes", flush=True)
+    print(f"labelling {len(codes.k):,} codes", flush=True)
+    heights = exact_heights(codes)
     write_heights(output, codes, heights)
     print(f"{output}: {len(heights):,} heights, {np.isinf(heights).sum():,} of them infinite")
     if heights_file:
@@ -206,15 +165,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--label", type=Path, metavar="INPUTS", help="codes: npz, pickle, or their folder")
-    about = "make codes of very small height, not for training (default output: data/very_low.npz)"
-    add("--very-low", action="store_true", help=about)
     add("--heights", type=Path, metavar="FILE", help="with --label: heights to compare")
     about = "dataset (default: data/augmented.npz), or heights: .csv, .npz, else a pickle"
     add("--output", type=Path, help=about)
     given = parser.parse_args(argv)
     if (given.label and not given.output) or (given.heights and not given.label):
         parser.error("--label, --heights: expected --label INPUTS and --output HEIGHTS beside it")
-    output = given.output = given.output or (VERY_LOW if given.very_low else DATASET)
+    output = given.output = given.output or DATASET
     if output.is_dir() or not output.parent.is_dir():
         parser.error(f"--output: {output} is not a file name in an existing folder")
     if not given.label and output.suffix != ".npz":
@@ -228,14 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if given.label:
             label_file(given.label, given.heights, given.output)
-        elif given.very_low:
-            codes = very_low_codes()
-            make_file(codes, exact_heights(codes), given.output)
         else:
-            data = make_dataset()
-            make_file(
-                Codes(np.full(len(data), N), data.k, data.m, data.P), data.height, given.output
-            )
+            make_file(given.output)
     except (InputError, OSError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -135,22 +134,19 @@ def cosine(epoch: int, rate: float) -> float:
     return 1e-6 + (7e-4 - 1e-6) * (1 + math.cos(math.pi * (epoch % 30) / 30)) / 2
 
 
-def train_run(run: str, dataset: Dataset, settings: run5.Settings, work: Path) -> dict:
+def train_run(run: str, dataset: Dataset, settings: run5.Settings, checkpoint: Path) -> dict:
     """Start or resume a run of RUNS; returns its figures as metrics.json has them.
 
-    settings: for data, seed and width; with fewer epochs than the run has, it ends there. work: the
-    folder for its checkpoint.
+    settings: for data, seed and width.
     """
     build, changes, least_rate = RUNS[run]
-    epochs = min(settings.epochs, changes["epochs"])
-    settings = replace(settings, **changes | {"epochs": epochs})
+    settings = replace(settings, **changes)
     sets = run5.make_sets(dataset, settings)
     run5.require_disjoint(sets)
     sets = {x: replace(data, features=data.P.astype("float32")) for x, data in sets.items()}
-    work.mkdir(parents=True, exist_ok=True)
     same = {"run": run, "data": dataset.about["sha256"], "seed": settings.seed}
     schedule = cosine if run == "run4" else None
-    training = run5.Training(work / "checkpoint.npz", same, settings, schedule, least_rate)
+    training = run5.Training(checkpoint, same, settings, schedule, least_rate)
 
     keras.utils.clear_session()
     keras.utils.set_random_seed(settings.seed)
@@ -162,7 +158,7 @@ def train_run(run: str, dataset: Dataset, settings: run5.Settings, work: Path) -
         "errors": {x: table.reset_index().to_dict("records") for x, table in errors.items()},
         "epochs_run": len(training.history),
         "best_epoch": run5.best_epoch(training.history),
-        "stopped_early": training.stopped_early or epochs == changes["epochs"],
+        "stopped_early": True,  # Or it had all of its epochs.
         "parameters": network.count_params(),
         "times": {"seconds": training.seconds},
         "settings": asdict(settings),
@@ -197,14 +193,13 @@ def rows_of(run: str, results: dict) -> pd.DataFrame:
     )
 
 
-def write_rows(table: pd.DataFrame, path: Path) -> None:
-    """Put a run's rows in the csv, in place of those that it has for the same sets and seed. A new
-    one begins with the rows of data/baselines.csv."""
-    kept = pd.read_csv(path if path.exists() else run5.BASELINES, dtype=str, keep_default_na=False)
+def write_rows(table: pd.DataFrame) -> None:
+    """Put a run's rows in the csv, in place of those that it has for the same sets and seed."""
+    kept = pd.read_csv(run5.BASELINES, dtype=str, keep_default_na=False)
     table = table.astype(str)
     others = (kept[SAME] != table[SAME].iloc[0]).any(axis=1)
     both = pd.concat([kept[others], table], ignore_index=True)[kept.columns]
-    with replacing(path) as temporary:
+    with replacing(run5.BASELINES) as temporary:
         both.to_csv(temporary, index=False, lineterminator="\n")
 
 
@@ -220,18 +215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--runs", nargs="+", choices=RUNS, default=[*RUNS], help="(default: all)")
     add("--add", nargs=2, metavar=("NAME", "FOLDER"), help="only add the rows of a finished run")
     add("--data", type=Path, nargs="+", default=default.data, help="as in train_model_v5.py")
-    add("--output", type=Path, default=default.output / "unfinished_baselines", help="their state")
-    about = "where the rows go (default: data/baselines.csv; own data: baselines.csv in --output)"
-    add("--csv", type=Path, help=about)
-    add("--epochs", type=run5.number(int, 1, 10**6), default=default.epochs, help="at most")
+    add("--output", type=Path, default=default.output / "baselines", help="for their checkpoints")
     add("--seed", type=run5.number(int, 0, 2**32 - 1), default=default.seed, help="of everything")
     given = parser.parse_args(argv)
     keras.config.set_floatx("float32")
-    settings = replace(default, epochs=given.epochs, seed=given.seed)
-    own = given.data != default.data
-    csv = given.csv or (given.output / "baselines.csv" if own else run5.BASELINES)
     try:
-        run5.read_baselines(csv if csv.exists() or given.csv else run5.BASELINES)
+        run5.read_baselines(run5.BASELINES)
         if given.add:
             path = Path(given.add[1]) / "metrics.json"
             try:
@@ -239,19 +228,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             except (ValueError, KeyError, TypeError) as error:
                 problem = f"is not of a finished run: {run5.one_line(error)}"
                 raise InputError(f"{path}: {problem}") from None
-            write_rows(rows, csv)
+            write_rows(rows)
             return 0
         dataset = load_dataset(*given.data)
         given.output.mkdir(parents=True, exist_ok=True)
         for run in given.runs:
-            work = given.output / f"{run}-{given.seed}"
-            results = train_run(run, dataset, settings, work)
-            if not results["stopped_early"]:
-                print(f"{run}: ended by --epochs, so that no rows are written; more epochs go on")
-                continue
-            write_rows(rows_of(run.replace("run", "Run "), results), csv)
-            print(f"{run}: the rows are in {csv}")
-            shutil.rmtree(work, ignore_errors=True)
+            checkpoint = given.output / f"{run}-{given.seed}.npz"
+            results = train_run(run, dataset, replace(default, seed=given.seed), checkpoint)
+            write_rows(rows_of(run.replace("run", "Run "), results))
+            print(f"{run}: the rows are in {run5.BASELINES}")
+            checkpoint.unlink()
     except (InputError, OSError) as error:
         print(f"rerun_baselines.py: {error}", file=sys.stderr)
         return 2
