@@ -56,7 +56,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from data.dataset import (
-    CODES_FILE,
     P_WIDTH,
     TEMPORARY,
     Codes,
@@ -64,7 +63,6 @@ from data.dataset import (
     InputError,
     codes_from_rows,
     exact_heights,
-    in_folder,
     load_dataset,
     one_line,
     read_codes,
@@ -360,19 +358,16 @@ def height_model(network: keras.Model, kind: str) -> keras.Model:
 
 def load_trained(path: Path) -> keras.Model:
     """A height_model from its file. Raises InputError for another kind of file."""
-
-    def signature(model: keras.Model) -> str:
-        inputs = ", ".join(f"{x.name} {x.dtype} {x.shape[1:]}" for x in model.inputs)
-        return f"{inputs}; gives {[x.shape[1:] for x in model.outputs]}"
-
     try:
-        found = signature(model := keras.models.load_model(path))
+        model = keras.models.load_model(path)
+        found, expected = (
+            [(x.name, x.dtype, x.shape[1:]) for x in other.inputs]
+            for other in (model, feature_model("raw"))
+        )
+        if found != expected or model.name != "run5":
+            raise ValueError(f"{model.name} takes {found}, expected run5 with {expected}")
     except Exception as error:  # Keras and h5py raise many kinds.
-        raise InputError(f"{path}: cannot be loaded as a model: {one_line(error)}") from None
-    to_features = feature_model("raw")
-    expected = signature(keras.Model(to_features.inputs, to_features.output[:, :1]))
-    if found != expected:
-        raise InputError(f"{path}: takes {found}, expected {expected}")
+        raise InputError(f"{path}: is no model of this script: {one_line(error)}") from None
     return model
 
 
@@ -469,11 +464,11 @@ class Training(callbacks.Callback):
                 self.variables = [file[x] for x in file.files if x.startswith("variable")]
                 self.best_weights = [file[x] for x in file.files if x.startswith("best")]
         except Exception as error:  # NumPy and zipfile raise many kinds.
-            problem = f"cannot be read, --fresh drops it: {one_line(error)}"
+            problem = f"cannot be read, delete it to begin anew: {one_line(error)}"
             raise InputError(f"{self.path}: {problem}") from None
         if differ := [x for x, now in self.identity.items() if earlier.get(x) != now]:
             pairs = ", ".join(f"{x} {earlier.get(x)}, now {self.identity[x]}" for x in differ)
-            raise InputError(f"{self.path}: is of a run with {pairs}; --fresh drops it")
+            raise InputError(f"{self.path}: is of a run with {pairs}; delete it to begin anew")
 
     def save(self, variables: list[np.ndarray]) -> None:
         """Replace the checkpoint, if it is still this run's own."""
@@ -503,7 +498,7 @@ class Training(callbacks.Callback):
         """
         shapes = [x.shape for x in network.get_weights()]
         if self.best_weights and [x.shape for x in self.best_weights] != shapes:
-            raise InputError(f"{self.path}: is of another network; --fresh drops it")
+            raise InputError(f"{self.path}: is of another network; delete it to begin anew")
         keep_freed_memory()
         network.compile(self.optimizer, "mean_squared_error", jit_compile=True)
         self.optimizer.build(network.trainable_variables)
@@ -540,7 +535,7 @@ class Training(callbacks.Callback):
         row = {name: float(value) for name, value in logs.items()}
         if not np.isfinite([*row.values()]).all():
             problem = f"the loss became NaN or infinite in epoch {epoch + 1}"
-            raise InputError(f"{problem}; a lower --learning-rate with --fresh may help")
+            raise InputError(f"{problem}; a lower --learning-rate may help, from the beginning")
         self.history.append(row)
         self.seconds += time.perf_counter() - self.start
         self.stopped_early = bool(self.model.stop_training)
@@ -630,22 +625,14 @@ commit {commit}
 machine   {machine}; {versions}"""
 
 
-def read_baselines(path: Path = BASELINES) -> tuple[pd.DataFrame, pd.DataFrame]:
+def read_baselines() -> tuple[pd.DataFrame, pd.DataFrame]:
     """The published log2-MSE of Run 2 and Run 4 (columns) by k and m (index), and the rows that
-    data/rerun_baselines.py has written. Raises InputError if a published figure is missing."""
-    try:
-        rows = pd.read_csv(path)
-        by_group = rows[rows["source"] == "published"].set_index(["run", "k", "m"])["log2_mse"]
-        published = by_group.astype(float).unstack("run").loc[list(GROUPS), ["Run 2", "Run 4"]]
-        if published.isna().any(axis=None):
-            raise ValueError("one is missing")
-        rows = rows[rows["source"] == "measured"].astype({"seed": int, "test_log2_mse": float})
-        if rows.duplicated(["run", "seed", "k", "m", "dataset", *SAME_SETS]).any():
-            raise ValueError("a run has two rows for a group")
-    except (OSError, ValueError, KeyError) as error:
-        expected = "expected published figures of Run 2 and Run 4"
-        raise InputError(f"{path}: {expected} ({one_line(error)})") from None
-    return published, rows
+    data/rerun_baselines.py has written."""
+    rows = pd.read_csv(BASELINES)
+    published = rows[rows["source"] == "published"].pivot(
+        index=["k", "m"], columns="run", values="log2_mse"
+    )
+    return published, rows[rows["source"] == "measured"].astype({"seed": int})
 
 
 def rows_to_compare(rows: pd.DataFrame, results: dict) -> pd.DataFrame:
@@ -775,7 +762,7 @@ def plot_history(results: dict) -> Figure:
     ridge = np.average(validation["ridge"], weights=validation["n"])
     figure = Figure(figsize=(9, 6), layout="constrained")
     panel, lowest = figure.subplots(), history["val_loss"][best]
-    panel.plot(history["loss"], label="loss: training set, in training mode, weighted by group")
+    panel.plot(history["loss"], label="loss: training set, dropout active, weighted by group")
     panel.plot(history["val_loss"], label="val_loss: validation set, mean of the rows")
     panel.plot(best, lowest, "kv", label=f"best epoch {best}: {lowest:.4f}")
     panel.axhline(ridge, color="C2", linestyle="--", label=f"ridge, validation set: {ridge:.4f}")
@@ -800,15 +787,12 @@ def plot_predictions(test_set: Dataset, predicted: np.ndarray) -> Figure:
         for name, low, color in (("random codes", False, "C0"), ("low codes", True, "C3")):
             rows = group & (test_set.low == low)
             panel.scatter(true[rows], error[rows], 8, color, alpha=0.4, linewidths=0, label=name)
-        figures = error_statistics(error[group])
-        within = f"95 % within a factor of {figures['95%']:.2f}, bias {figures['bias']:+.3f}"
-        panel.set_title(f"k={k}, m={m}: {within}", fontsize="small")
+        panel.set_title(f"k={k}, m={m}", fontsize="small")
         panel.grid(alpha=0.3)
     panel.legend(markerscale=3)
     figure.supxlabel("true log2 height")
     figure.supylabel("predicted - true log2 height")
-    others = np.abs(error[test_set.m == N - test_set.k]).max()
-    figure.suptitle(f"Run 5 on new codes; for m = n - k the largest error in log2 is {others:.2g}")
+    figure.suptitle("Run 5 on new codes, in the groups where the bound is not the height")
     return figure
 
 
@@ -864,8 +848,7 @@ def predict(file: Path, model_file: Path, output: Path | None) -> None:
     Codes of other lengths or groups than the trained ones have exact heights alone. Raises
     InputError for files that cannot be used.
     """
-    model, file = load_trained(model_file), in_folder(file, CODES_FILE)
-    codes = read_codes(file, trained=False)
+    model, codes = load_trained(model_file), read_codes(file, trained=False)
     table = pd.DataFrame({"n": codes.n, "k": codes.k, "m": codes.m})
     covered = codes.are_trained()
     table["predicted"] = np.full(len(table), np.nan, dtype=np.float32)
@@ -878,21 +861,19 @@ def predict(file: Path, model_file: Path, output: Path | None) -> None:
     output = output or file.parent
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{file.name}_predicted.csv"
-    said = "replaced" if path.exists() else "written"
     with replacing(path) as temporary:
         table.to_csv(temporary, index_label="row", lineterminator="\n")
-    print(f"{path}: {said}, {len(table):,} rows")
+    infinite = np.isinf(table["exact"])
+    print(f"{path}: {len(table):,} rows, {infinite.sum():,} of infinite height")
     if others := (~covered).sum():
         groups = ", ".join(map(str, GROUPS))
         print(f"{others:,} rows have exact heights alone: the model knows n = {N}, (k, m) {groups}")
-    if covered.any():
-        table, finite = table[covered], np.isfinite(table["exact"][covered])
+    if (covered & ~infinite).any():
+        table, finite = table[covered], ~infinite[covered]
         ways = pd.DataFrame({"network": np.log2(table["predicted"]), "bound": bound})[finite]
         errors = group_errors(table[finite], np.log2(table["exact"][finite]), ways)
-        infinite = table.groupby(["k", "m"])["exact"].agg(lambda x: np.isinf(x).sum())
-        errors = errors.reindex(infinite.index).fillna({"n": 0}).astype({"n": int})
         print("log2-MSE on the n codes of finite height of each group; bound: the largest bound")
-        print(errors.assign(infinite=infinite).to_string(float_format="{:.6f}".format))
+        print(errors.to_string(float_format="{:.6f}".format))
 
 
 @lru_cache(maxsize=4)
@@ -969,18 +950,15 @@ def results_of(
     return results, predicted
 
 
-def run(settings: Settings, fresh: bool = False) -> None:
-    """Load, split, train, report. fresh: drop an unfinished run."""
+def run(settings: Settings) -> None:
+    """Load, split, train, report."""
     names = ", ".join(map(str, settings.data))
     print(f"reading {names}; then come the sets, their features and training", flush=True)
     dataset = load_dataset(*settings.data)
-    published, rows = read_baselines()  # So that a damaged file is found before training.
     settings.output.mkdir(parents=True, exist_ok=True)
     for unfinished in settings.output.glob(f"{TEMPORARY}*"):  # What a killed process was writing.
         unfinished.unlink(missing_ok=True)
     checkpoint = settings.output / "checkpoint.npz"
-    if fresh:
-        checkpoint.unlink(missing_ok=True)
     identity = asdict(settings) | {"data": dataset.about["sha256"]}
     del identity["output"], identity["epochs"]  # They may differ when a run is resumed.
     training = Training(checkpoint, identity, settings)
@@ -1004,6 +982,7 @@ def run(settings: Settings, fresh: bool = False) -> None:
 
     results, predicted = results_of(training, network, batches, sets)
     training.require_own_checkpoint()
+    published, rows = read_baselines()
     report = make_report(results, published, rows)
     pictures = {
         "training_history.png": plot_history(results),
@@ -1054,7 +1033,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, dict]:
         group.add_argument(f"--{name.replace('_', '-')}", help=about, **how)
 
     file = {"type": Path, "metavar": "FILE"}
-    about = "npz; or codes and heights; or their folder (default: data/augmented.npz)"
+    about = "npz; or codes and heights, pickled (default: data/augmented.npz)"
     add(data, "data", about, nargs="+", **file)
     about = "folder for results (default: run_5; with --predict: that of FILE)"
     add(data, "output", about, type=Path, metavar="FOLDER")
@@ -1070,7 +1049,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Settings, dict]:
             group = data if option.name in DATA_OPTIONS else training
             about = f"{meaning}, {least} to {most} (default: {option.default:g})"
             add(group, option.name, about, type=number(kind, least, most), metavar=kind.__name__)
-    add(training, "fresh", "drop an unfinished run and start anew", action="store_true")
     about = "do not train; write predicted and exact heights of the codes in FILE"
     add(predicting, "predict", about, **file)
     add(predicting, "model", "what predicts (default: run_5/best_model_run5.h5)", **file)
@@ -1091,14 +1069,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel("ERROR")
     settings, typed = parse_arguments(argv)
     keras.config.set_floatx("float32")  # The user's keras.json may name another.
-    without = " without --fresh" * ("fresh" in typed)
-    again = f"; the same command{without} resumes training"
+    again = "; the same command resumes training"
     try:
         if "predict" in typed:
             again = ""
             predict(typed["predict"], typed.get("model", TRAINED), typed.get("output"))
         else:
-            run(settings, "fresh" in typed)
+            run(settings)
     except (InputError, OSError, MemoryError) as error:
         print(f"train_model_v5.py: {error}", file=sys.stderr)
         return 2

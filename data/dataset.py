@@ -1,10 +1,9 @@
-"""Codes with their heights, and the files that hold them: course pickles, npz and csv.
+"""Codes with their heights, and the files that hold them: course pickles and npz.
 
 Nothing in a file is executed, every row is checked, and what cannot be used is refused in one line
 that names the file and the row (from 0).
 """
 
-import csv
 import gzip
 import hashlib
 import io
@@ -15,7 +14,6 @@ import re
 import reprlib
 import signal
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +30,6 @@ P_WIDTH = 20  # Entries of the largest P of the trained groups.
 LONGEST = 12  # Codes in files can be labelled up to this length.
 LABEL_TOLERANCE = 1e-4  # In log2: files may have been labelled by a numerical solver.
 COLUMNS = ("k", "m", "P", "height", "key", "low")  # The arrays that every dataset has.
-CODES_FILE, HEIGHTS_FILE = "*n_k_m_P*", "*mHeights*"  # The course's names, whatever the suffix.
 CONVERT = "columns, saved by np.savez(file, k=k, m=m, P=P, height=height): see data/README.md"
 # What a file is that cannot be read as npz or pickle, by its first bytes.
 OTHER_FORMATS = {
@@ -158,8 +155,7 @@ class _Dtype:
     def __setstate__(self, state: tuple) -> None:
         self.order = state[1]
 
-    def read(self, raw: bytes | str) -> np.ndarray:
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 wrote bytes as text.
+    def read(self, raw: bytes) -> np.ndarray:
         if not re.fullmatch("[biuf][1248]", self.code):
             raise pickle.UnpicklingError(f"an array of dtype {self.code!r}, expected numbers")
         return np.frombuffer(raw, np.dtype(self.code).newbyteorder(self.order))
@@ -219,7 +215,7 @@ def _read_pickle(path: Path, content: bytes):
                     raise pickle.UnpicklingError("it is damaged")
             end += piece.tell()
             piece.seek(0)
-            objects.append(PlainUnpickler(piece, encoding="latin1").load())
+            objects.append(PlainUnpickler(piece).load())
         if len(objects) == 1:
             return objects[0]
         if objects and all(isinstance(x, list) for x in objects):
@@ -274,19 +270,6 @@ def _checked(source: Path | str, n, k, m, P: np.ndarray, trained: bool) -> Codes
     return Codes(n, k, m, np.pad(P, ((0, 0), (0, max(0, P_WIDTH - P.shape[1])))))
 
 
-def in_folder(path: Path | str, pattern: str) -> Path:
-    """The path itself, or, of a folder, the one file whose name matches, else InputError. Files of
-    predicted heights, which may lie beside it, do not count."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    found = sorted(x for x in path.glob(pattern) if x.is_file() and "_predicted" not in x.name)
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise InputError(f"{path}: found {names}, expected one file {pattern}; name the file")
-    return found[0]
-
-
 def _rows_of_dictionary(source: Path | str, dictionary: dict) -> list:
     """Rows [n, k, m, item] from keys (n, k, m) or "[n, k, m]", in the order of the file.
 
@@ -338,9 +321,6 @@ def codes_from_rows(source: Path | str, rows: Sequence, trained: bool = True) ->
 def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The named arrays of numbers, and n if the file has it, all of the first one's length."""
     try:
-        inside = zipfile.ZipFile(io.BytesIO(content)).namelist()
-        if not all(name.endswith(".npy") for name in inside):
-            raise ValueError(f"it is a zip of {', '.join(inside[:3])}")
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*names, "n") if name in file.files}
     except Exception as error:  # NumPy and zipfile raise many kinds for a damaged file.
@@ -360,10 +340,9 @@ def _read_npz(path: Path, content: bytes, names: Sequence[str]) -> dict[str, np.
 
 def read_codes(path: Path | str, trained: bool = True) -> Codes:
     """Codes from an npz file with k, m, P, and n where it is not N; from a pickled list of
-    [n, k, m, P] or dictionary with keys (n, k, m); or from the folder of a course file. Arguments
-    and errors are those of codes_from_rows; OSError for a missing file."""
-    path = in_folder(path, CODES_FILE)
-    content = path.read_bytes()
+    [n, k, m, P] or dictionary with keys (n, k, m). Arguments and errors are those of
+    codes_from_rows; OSError for a missing file."""
+    content = Path(path).read_bytes()
     if content.startswith(b"PK"):
         arrays = _read_npz(path, content, ("k", "m", "P"))
         n = arrays.get("n", np.full(len(arrays["k"]), N))
@@ -376,35 +355,22 @@ def read_codes(path: Path | str, trained: bool = True) -> Codes:
     return codes_from_rows(path, rows, trained)
 
 
-def _read_csv(content: bytes) -> pd.Series:
-    """The column height, in the order of the column row if there is one."""
-    fields = {len(row) for row in csv.reader(io.StringIO(content.decode())) if row}
-    if len(fields) > 1:
-        raise ValueError(f"lines have {min(fields)} to {max(fields)} fields")
-    table = pd.read_csv(io.BytesIO(content), index_col=False, float_precision="round_trip")
-    return (table.sort_values("row") if "row" in table else table)["height"]
-
-
 def read_heights(path: Path | str, codes: Codes | None = None) -> np.ndarray:
-    """Heights, float64 (rows,), from npz (array height), csv (column height), a pickled list, a
-    pickled dictionary with keys (n, k, m), or the folder of a course file. NaN for what is no
-    number.
+    """Heights, float64 (rows,), from npz (array height), a pickled list, or a pickled dictionary
+    with keys (n, k, m). NaN for what is no number.
 
     codes: where they are given, there must be a height for each, and those of a dictionary are
     brought to their order. Raises InputError for a file that holds something else; OSError for a
     missing file.
     """
-    path = in_folder(path, HEIGHTS_FILE)
-    content, keys = path.read_bytes(), None
+    content, keys = Path(path).read_bytes(), None
     if content.startswith(b"PK"):
         values = _read_npz(path, content, ("height",))["height"]
-    elif path.suffix != ".csv":
+    else:
         values = _read_pickle(path, content)
         values = np.asarray(values) if isinstance(values, _Array) else values
     try:
-        if path.suffix == ".csv":
-            values = _read_csv(content)
-        elif isinstance(values, dict):
+        if isinstance(values, dict):
             rows = _rows_of_dictionary(path, values)
             keys, values = [row[:3] for row in rows], [row[3] for row in rows]
         elif not isinstance(values, list | tuple | np.ndarray):
@@ -413,7 +379,7 @@ def read_heights(path: Path | str, codes: Codes | None = None) -> np.ndarray:
             values = np.ravel(values)
         values = pd.Series(values, dtype=object)
         heights = np.array(pd.to_numeric(values, errors="coerce"), dtype=np.float64)
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: expected a list of heights: {one_line(error)}") from None
     if codes is None:
         return heights
@@ -436,7 +402,7 @@ def are_equal(heights: np.ndarray, exact: np.ndarray) -> np.ndarray:
 
 
 def load_dataset(*paths: Path | str) -> Dataset:
-    """Read a dataset: one npz file, a file of codes and one of heights, or the folder of both.
+    """Read a dataset: one npz file, or a file of codes and one of heights.
 
     Heights are computed exactly; how many in the file are others is counted. Rows of infinite
     height are left out and counted. Raises InputError as read_codes and read_heights do, and when
@@ -444,18 +410,17 @@ def load_dataset(*paths: Path | str) -> Dataset:
     """
     if len(paths) not in (1, 2):
         raise InputError(f"found {len(paths)} paths to a dataset, expected 1 or 2")
-    files = [in_folder(paths[0], CODES_FILE), in_folder(paths[-1], HEIGHTS_FILE)]
-    codes = read_codes(files[0])
-    given, height = read_heights(files[1], codes), exact_heights(codes)
+    codes = read_codes(paths[0])
+    given, height = read_heights(paths[-1], codes), exact_heights(codes)
     others = np.sum(~are_equal(given, height))
     finite = np.isfinite(height)
     if not finite.any():
-        raise InputError(f"{files[0]}: found infinite heights alone, expected finite ones")
+        raise InputError(f"{paths[0]}: found infinite heights alone, expected finite ones")
     k, m, P, height = (column[finite] for column in (*codes[1:], height))
     key = np.empty(len(height), dtype="S32")
     for dimension in np.unique(k):
         key[k == dimension] = code_keys(unflatten(P[k == dimension], dimension))
-    files = dict.fromkeys(files)  # An npz has both.
+    files = [*map(Path, dict.fromkeys(paths))]
     sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     about = {
         "file": " + ".join(file.name for file in files),

@@ -32,8 +32,8 @@ class MinorLayer(layers.Layer):
     """Base of layers that start from the maximal minors of G.
 
     Called with k and m, integers of shape (batch, 1), and P_matrix, (batch, 20): the entries of P
-    row by row, padded with zeros. Returns (batch, WIDTH), by `from_minors`, which a subclass has.
-    All is float64: minors reach 2.4e9, and it matters whether one is 0 or 1.
+    row by row, padded with zeros. Returns (batch, WIDTH), float32, by `from_minors`, which a
+    subclass has. Until then all is float64: minors reach 2.4e9, and it matters whether one is 0.
     """
 
     WIDTH = 1
@@ -42,12 +42,16 @@ class MinorLayer(layers.Layer):
         super().__init__(**kwargs | {"dtype": "float64"})
         self.supports_jit = False  # XLA cannot compile a number of rows that depends on k.
 
+    def compute_output_spec(self, k, m, P_matrix):
+        return keras.KerasTensor((None, self.WIDTH), "float32")  # Else Keras traces call.
+
     def call(self, k, m, P_matrix):
         output = 0.0
         for dimension in (4, 5, 6):  # The codes of each k apart, since their minors differ.
             (rows,) = ops.nonzero(ops.equal(k[:, 0], dimension))
             minors = self.minors(rows_of(P_matrix, rows), dimension)
             part = self.from_minors(minors, rows_of(m[:, 0], rows), dimension)
+            part = ops.cast(part, "float32")
             output += ops.scatter(rows[:, None], part, (ops.shape(k)[0], self.WIDTH))
         return output
 
@@ -133,4 +137,4 @@ class BasisFeatures(MinorLayer):
         reach = ops.where(bound > -np.inf, reach, self.LIMIT)
         missing = ((0, 0), (0, self.BASES - sets))
         gaps, reach = (ops.pad(x, missing, constant_values=self.LIMIT) for x in (gaps, reach))
-        return ops.cast(ops.concatenate([largest, gaps[:, 1:], reach], axis=1), "float32")
+        return ops.concatenate([largest, gaps[:, 1:], reach], axis=1)

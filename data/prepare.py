@@ -17,14 +17,12 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.dataset import (
-    CODES_FILE,
     Codes,
     Dataset,
     InputError,
     are_equal,
     exact_heights,
     flatten,
-    in_folder,
     load_dataset,
     read_codes,
     read_heights,
@@ -137,7 +135,7 @@ def label_file(inputs: Path, heights_file: Path | None, output: Path) -> None:
     used.
     """
     codes = read_codes(inputs, trained=False)
-    for path in (in_folder(inputs, CODES_FILE), heights_file):
+    for path in (inputs, heights_file):
         if path and output.exists() and output.samefile(path):
             raise InputError(f"{output}: is an input, expected another name")
     if heights_file:
@@ -164,7 +162,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="example: python data/prepare.py --label codes.pkl --output heights.pkl",
     )
     add = parser.add_argument
-    add("--label", type=Path, metavar="INPUTS", help="codes: npz, pickle, or their folder")
+    add("--label", type=Path, metavar="INPUTS", help="codes: npz or pickle")
     add("--heights", type=Path, metavar="FILE", help="with --label: heights to compare")
     about = "dataset (default: data/augmented.npz), or heights: .csv, .npz, else a pickle"
     add("--output", type=Path, help=about)

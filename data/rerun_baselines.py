@@ -9,7 +9,7 @@ and more on two cores; one that was stopped is resumed. The second command write
 of train_model_v5.py whose results are in my_run.
 
 Layers, weights, optimizer and callbacks are those of the runs' descriptions, except that no code is
-in training and validation at once, and that `attention` leaves out what has no effect there.
+in training and validation at once.
 """
 
 import argparse
@@ -60,14 +60,9 @@ def residual(x, units: float, dropout: float):
 
 
 def attention(x, heads: int, width: int, dropout: float):
-    """Self-attention over a vector as a sequence of length 1, as keras.layers.MultiHeadAttention.
-
-    The softmax over one key is 1, whatever the query. So queries and keys, which would take most of
-    the time of a step, are left out. Values, a dropout of whole heads, and the output remain.
-    """
-    values = layers.EinsumDense("ac,cde->ade", (heads, width), bias_axes="de")(x)
-    values = layers.Dropout(dropout, noise_shape=(None, heads, 1))(values)
-    return layers.EinsumDense("ade,dec->ac", x.shape[1], bias_axes="c")(values)
+    """Self-attention over a vector as a sequence of length 1."""
+    x = layers.Reshape((1, x.shape[1]))(x)
+    return layers.Flatten()(layers.MultiHeadAttention(heads, width, dropout=dropout)(x, x))
 
 
 def inputs_and_embeddings(P_train: np.ndarray, embedding: int) -> tuple[list, list]:
@@ -220,7 +215,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     keras.config.set_floatx("float32")
     try:
-        run5.read_baselines(run5.BASELINES)
         if given.add:
             path = Path(given.add[1]) / "metrics.json"
             try:
