@@ -1,20 +1,17 @@
-"""Errors of the model in run_5/ on codes beyond the test set, and the speed of predictions.
+"""Errors of the model in run_5/ on codes beyond the test set.
 
 python tests/benchmark.py
 """
 
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from timeit import timeit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_model_v5 as run5  # isort: skip
 
 import numpy as np
-from conftest import COURSE_SAMPLE
 
 from data.dataset import Codes, exact_heights
 from data.heights import OPEN_GROUPS, N
@@ -42,8 +39,9 @@ def main() -> None:
         "entries within 8, times 0.1": tenths.take(np.isfinite(tenths.height)),
         "very small heights": very_low.take(np.arange(9, len(very_low))),
     }
-    if COURSE_SAMPLE.exists():
-        beyond["sample of the course's DS-1"] = run5.load_dataset(COURSE_SAMPLE)
+    course = (run5.HERE.parent / "shared" / "course_sample").glob("*.pkl")
+    if files := sorted(course, reverse=True):  # Codes and heights.
+        beyond["sample of the course's DS-1"] = run5.load_dataset(*files)
     known = np.concatenate([train_set.key, sets["validation"].key])
     for name, data in beyond.items():
         new = data.take(~np.isin(data.key, known))
@@ -54,12 +52,6 @@ def main() -> None:
         six = errors[errors.index.isin(OPEN_GROUPS)].mean().round(4).to_dict()
         print(f"{name}: {len(new):,} codes, {len(data) - len(new):,} left out; six groups: {six}")
         print(errors.round(4).to_string(), flush=True)
-
-    test_set = codes_of(sets["test"])
-    ways = {"predictions": partial(run5.outputs_of, network), "exact heights": exact_heights}
-    turns = [[timeit(partial(way, test_set), number=1) for way in ways.values()] for _ in range(4)]
-    for name, seconds in zip(ways, np.min(turns, axis=0), strict=True):
-        print(f"{name}: {len(test_set.k) / seconds:,.0f} a second")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from pathlib import Path
 from unittest import mock
 
 import hypothesis
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -14,17 +13,14 @@ import tensorflow as tf
 import train_model_v5 as run5
 from data import matrices, prepare
 from data.dataset import load_dataset
-from data.features import BasisFeatures, MinorLayer
 
 ROOT = Path(__file__).resolve().parent.parent
-COURSE_SAMPLE = ROOT.parent / "shared" / "course_sample"
 NARROW = 1 / 32  # The width of networks where only what is around them is tested.
-# The rounds of the search for low codes, as long as needed where these codes are compared.
+# The rounds of the search for low codes in a user's process.
 WHOLE_SEARCH = {x: getattr(matrices, x) for x in ("SEARCH_ROUNDS", "VERY_LOW_ROUNDS")}
 
-for profile, examples in (("many", 1500), ("few", 25)):
-    hypothesis.settings.register_profile(profile, max_examples=examples, deadline=None)
-hypothesis.settings.load_profile("few")  # Unless --hypothesis-profile names the other one.
+hypothesis.settings.register_profile("few", max_examples=25, deadline=None)
+hypothesis.settings.load_profile("few")
 
 
 def pytest_collection_modifyitems(items):
@@ -47,20 +43,13 @@ def run_script(*arguments, cwd=None, **environment):
 @pytest.fixture(scope="session", autouse=True)
 def quick():
     """No graphs are traced and no codes are searched for long, where nothing depends on it."""
-
-    def compute_output_spec(self, k, m, P_matrix):
-        dtype = "float32" if isinstance(self, BasisFeatures) else "float64"
-        return keras.KerasTensor((None, self.WIDTH), dtype)
-
     tf.config.run_functions_eagerly(True)
-    MinorLayer.compute_output_spec = compute_output_spec
     matrices.SEARCH_ROUNDS = matrices.VERY_LOW_ROUNDS = (1, 5)
 
 
 @pytest.fixture
-def graphs(quick, monkeypatch):
+def graphs(quick):
     """Graphs are traced as in a user's process, where that is tested."""
-    monkeypatch.delattr(MinorLayer, "compute_output_spec")
     tf.config.run_functions_eagerly(False)
     yield
     tf.config.run_functions_eagerly(True)
@@ -68,7 +57,7 @@ def graphs(quick, monkeypatch):
 
 @pytest.fixture
 def whole_search(quick, monkeypatch):
-    """The search takes as many rounds as in a user's process."""
+    """The search is as long as a user's, where the codes are compared."""
     for name, rounds in WHOLE_SEARCH.items():
         monkeypatch.setattr(matrices, name, rounds)
 
