@@ -4,9 +4,9 @@
     python data/rerun_baselines.py --add "Run 5 without dropout" my_run
 
 The first command writes a row for each run and (k, m) group to data/baselines.csv: the log2-MSE of
-the epoch with the lowest val_loss, on the validation set and on the test set. A run takes an hour
-and more on two cores; one that was stopped is resumed. The second command writes the rows of a run
-of train_model_v5.py whose results are in my_run.
+the epoch with the lowest val_loss, on the validation set and on the test set. A run takes hours on
+two cores; one that was stopped is resumed. The second command writes the rows of a run of
+train_model_v5.py whose results are in my_run.
 
 Layers, weights, optimizer and callbacks are those of the runs' descriptions, except that no code is
 in training and validation at once.

@@ -1,4 +1,4 @@
-"""data/augmented.npz and what makes it, npz files of others, and the split."""
+"""data/augmented.npz and what makes it, and the split."""
 
 import re
 from concurrent.futures.process import BrokenProcessPool

@@ -1,4 +1,4 @@
-"""Files from users and strangers: course files, hostile and torn ones, exact labels, prediction."""
+"""Files from users and strangers: course files, hostile and torn ones, prediction."""
 
 import gzip
 import io
@@ -188,14 +188,14 @@ def changed(**arrays):
     return npz(**{name: x for name, x in good.items() if x is not None})
 
 
-NUMBERS = [(8, 4, 2), (9, 4.5, 2), (9, 4, None), (9, 10**5000, 2), (9, 4, 6), (9, 5, 2)]
+NUMBERS = [(8, 4, 2), (9, 4.5, 2), (9, 4, None), (9, 10**5000, 2), (9, 4, 6)]
 TALL = np.pad(P.reshape(5, 4), ((0, 1), (0, 1)))  # With zeros below and beside it.
-MATRICES = [P.ravel()[1:], np.ones((4, 6)), [P.tolist()], [[1, 2], [3]], None, "text", 3, {}, P.T]
+MATRICES = [P.ravel()[1:], np.ones((4, 6)), [P.tolist()], [[1, 2], [3]], None, "text", {}, P.T]
 MATRICES += [np.hstack([np.eye(4), P]), np.pad(P, ((0, 1), (0, 0)))]
 MATRICES += [np.where(P == 3, x, 2.0) for x in (np.nan, np.inf, 1e60, 1e-60)]
 BAD_ROWS = ["text", [9, 4, 2], [9, 4, 2, P, P], *([*x, P] for x in NUMBERS)]
 BAD_ROWS += [[9, 4, 2, x] for x in MATRICES]
-LENGTHS = [(13, 4, 2, 9), (10, 10, 1, 0), (10, 4, 7, 6), (10, 4, 0, 6), (10, 4, 2, 5)]
+LENGTHS = [(13, 4, 2, 9), (10, 10, 1, 0), (10, 4, 7, 6), (10, 4, 0, 6)]
 any_length = partial(read_codes, trained=False)
 REFUSED = [
     *((read_codes, [[9, 4, 2, P], row], "row 1: ") for row in BAD_ROWS),
@@ -263,7 +263,7 @@ def test_a_dtype_that_crashes_numpy_is_refused(tmp_path, field):
 
 
 whole = [[[9, 4, 2, P], [9, 4, 3, P.tolist()]], {(9, 4, 2): [P, P], "[9,5,2]": P.T}]
-whole += [[2.0, np.float64(3)], {(9, 4, 2): [2.0, None]}, changed(), gzip.compress(changed())]
+whole += [{(9, 4, 2): [2.0, None]}, changed(), gzip.compress(changed())]
 changes = st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=4)
 
 
