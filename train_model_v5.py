@@ -762,7 +762,7 @@ def plot_history(results: dict) -> Figure:
     ridge = np.average(validation["ridge"], weights=validation["n"])
     figure = Figure(figsize=(9, 6), layout="constrained")
     panel, lowest = figure.subplots(), history["val_loss"][best]
-    panel.plot(history["loss"], label="loss: training set, dropout active, weighted by group")
+    panel.plot(history["loss"], label="loss: training set, with any dropout, weighted by group")
     panel.plot(history["val_loss"], label="val_loss: validation set, mean of the rows")
     panel.plot(best, lowest, "kv", label=f"best epoch {best}: {lowest:.4f}")
     panel.axhline(ridge, color="C2", linestyle="--", label=f"ridge, validation set: {ridge:.4f}")
@@ -955,6 +955,7 @@ def run(settings: Settings) -> None:
     names = ", ".join(map(str, settings.data))
     print(f"reading {names}; then come the sets, their features and training", flush=True)
     dataset = load_dataset(*settings.data)
+    published, rows = read_baselines()  # Before training, so that a damaged file ends no long run.
     settings.output.mkdir(parents=True, exist_ok=True)
     for unfinished in settings.output.glob(f"{TEMPORARY}*"):  # What a killed process was writing.
         unfinished.unlink(missing_ok=True)
@@ -982,7 +983,6 @@ def run(settings: Settings) -> None:
 
     results, predicted = results_of(training, network, batches, sets)
     training.require_own_checkpoint()
-    published, rows = read_baselines()
     report = make_report(results, published, rows)
     pictures = {
         "training_history.png": plot_history(results),
